@@ -1,0 +1,1 @@
+"""GeMM-GAN, chapter by chapter: the library that the notebooks in nbs/ export."""

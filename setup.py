@@ -1,0 +1,12 @@
+from configparser import ConfigParser
+
+from setuptools import setup
+
+config = ConfigParser()
+config.read("settings.ini", encoding="utf8")
+own = config["DEFAULT"]
+setup(
+    version=own["version"],
+    install_requires=own["requirements"].split(),
+    extras_require={"dev": own["dev_requirements"].split()},
+)
