@@ -13,8 +13,10 @@ import csv
 import hashlib
 import importlib.util
 import json
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -287,20 +289,25 @@ def encode_slide(slide_path: str | Path,      # the slide
 def encode_slides(slides: list[dict],      # rows of slides.csv: slide, path, mpp
                   tiles: str | Path,       # folder of tile files, one a slide
                   encoder: ImageEncoder,
-                  out: str | Path,         # written: out/features/<encoder>/<slide>.h5
-                  problems: Problems       # where failures are noted
-                 ) -> tuple[dict, int]:    # slide -> FeatureFile, for slides with at least one tile; tiles encoded now
+                  out: str | Path,         # features folder; written: out/<encoder>/<slide>.h5
+                  problems: Problems,      # where failures are noted
+                  workers: int = 0         # slides at a time, each on one thread; 0: as many as there are cores
+                 ) -> tuple[dict, int]:    # slide -> FeatureFile, for slides with at least one tile; tiles encoded by this call
     "Encodes every slide that can be encoded."
-    found, n = {}, 0
-    for row in progress(slides, 'slide'):
-        path = Path(out)/'features'/encoder.name/f'{row["slide"]}.h5'
-        try:
-            n += encode_slide(row['path'], Path(tiles)/f'{row["slide"]}.h5', encoder, path, float(row.get('mpp') or 'nan'))
-            if len(file := FeatureFile(path)): found[row['slide']] = file
-            else: problems.add(row['slide'], 'has no tile with enough tissue. Look at its mask, or lower min_tissue; its case goes on without an image.')
-        except (OSError, ValueError, KeyError) as e: problems.add(row['slide'], f'not encoded: {e}')
+    found, n, threads = {}, 0, torch.get_num_threads()
+    place = lambda row: Path(out)/encoder.name/f'{row["slide"]}.h5'
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        jobs = [(row, pool.submit(encode_slide, row['path'], Path(tiles)/f'{row["slide"]}.h5', encoder, place(row), float(row.get('mpp') or 'nan'))) for row in slides]
+        for row, job in progress(jobs, 'slide'):
+            try:
+                n += job.result()
+                if len(file := FeatureFile(place(row))): found[row['slide']] = file
+                else: problems.add(row['slide'], 'has no tile with enough tissue. Look at its mask, or lower min_tissue; its case goes on without an image.')
+            except (OSError, ValueError, KeyError) as e: problems.add(row['slide'], f'not encoded: {e}')
+    torch.set_num_threads(threads)
     return found, n
 
+# %% ../nbs/10_encoders.ipynb #c058
 def bags_of(cohort: str | Path,  # a cohort directory
             slides: dict         # slide -> anything, for slides that have features
            ) -> dict[str, list]: # case -> [(slide, rows or None)]
@@ -310,7 +317,7 @@ def bags_of(cohort: str | Path,  # a cohort directory
     parts = {c: [bag] if bag and isinstance(bag[0], str) else bag for c, bag in given.items()}
     return {c: [(s, rows) for s, rows in parts.get(c, []) if s in slides] for c in whose.index}
 
-# %% ../nbs/10_encoders.ipynb #c058
+# %% ../nbs/10_encoders.ipynb #c059
 def read_slides(path: str | Path  # slides.csv: slide, path (relative to the file), mpp
                ) -> list[dict]:
     "The slides of a cohort, with paths that can be opened from here. Raises ValueError when a column is missing."
@@ -324,11 +331,11 @@ def read_summaries(path: str | Path  # summaries.jsonl: case_id, text
     rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
     return {r['case_id']: r['text'] for r in rows}
 
-# %% ../nbs/10_encoders.ipynb #c059
-def encode_images(cohort, tiles, slides, out, encoder: ImageEncoder, problems: Problems) -> dict:
+# %% ../nbs/10_encoders.ipynb #c060
+def encode_images(cohort, tiles, slides, out, encoder: ImageEncoder, problems: Problems, workers: int = 0) -> dict:
     "Encodes the slides of a cohort and packs `patches.safetensors` beside it; returns numbers for the record."
     start = time.perf_counter()
-    files, n = encode_slides(read_slides(slides), tiles, encoder, out, problems)
+    files, n = encode_slides(read_slides(slides), tiles, encoder, out, problems, workers)
     seconds = time.perf_counter() - start
     bags = bags_of(cohort, files)
     for case in [c for c, bag in bags.items() if not bag]: problems.add(case, 'has no image features; its bag is empty.')
@@ -345,7 +352,7 @@ def encode_texts(cohort, summaries, encoder: TextEncoder, problems: Problems) ->
          encoder=encoder.name, encoder_id=encoder.id, max_tokens=encoder.max_tokens)
     return dict(texts=len(have), texts_cut=sum(n > encoder.max_tokens for n in encoder.count(words)))
 
-# %% ../nbs/10_encoders.ipynb #c061
+# %% ../nbs/10_encoders.ipynb #c062
 def tiny_encoding(folder: str | Path  # where to write
                  ) -> Path:           # the cohort directory, with tiles/ and summaries.jsonl inside
     "A cohort of four made-up cases, one without its slide and one without its text, for the examples."

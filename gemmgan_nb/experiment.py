@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .condition import condition_scores
+from .condition import condition_scores, condition_test, thin
 from .data import Cohort
 from .metrics import correlation_mse, detectability, precision_recall, utility
 from .training import Budget, ModelSpec, refuse_seen
-from .workspace import Stage, atomic, read_json, rng, write_json
+from .workspace import Stage, atomic, read_json, torch_rng, write_json
 
 # %% ../nbs/22_experiment.ipynb #c005
 def entry(kind: str,             # 'module.Class' in this library
@@ -122,11 +122,16 @@ def realism(model, cohort: Cohort, seed: int) -> dict:  # a fitted row, the whol
 def condition_rows(model, cohort: Cohort, seed: int, n: int) -> dict:  # a fitted row, the whole cohort, seed, profiles a case
     "Scores under the true condition, and under other patients' images and texts: metric -> value."
     test = cohort.split('test')
-    real = model.scaler.transform(test.X)
+    real = torch.from_numpy(model.scaler.transform(test.X))
     has = [m for m, b in (('image', test.patches), ('text', test.tokens)) if m in model.spec.uses and b is not None]
-    views = {'': test} | {f'_shuffled_{m}': test.shuffled(m, seed) for m in has}
-    if len(has) == 2: views['_wrong_patient'] = test.shuffled('image', seed).shuffled('text', seed)
-    return {f'{k}{view}': v for view, cases in views.items() for k, v in condition_scores(model.sample(cases, n, seed), torch.from_numpy(real)).items()}
+    views = {'true': test} | {f'shuffled_{m}': test.shuffled(m, seed) for m in has}
+    if len(has) == 2: views['wrong_patient'] = test.shuffled('image', seed).shuffled('text', seed)
+    found = condition_test(lambda view: model.sample(views[view], n, seed), real, list(views))
+    if cohort.unit == 'log1p(cp10k)' and 'total_counts' in test.obs:
+        drawn = torch.from_numpy(model.scaler.inverse(model.sample(test, n, seed).numpy()))
+        seen = thin(drawn, cohort.split('train').obs.total_counts.median(), test.obs.total_counts.to_numpy(), torch_rng(seed, 'thin')).numpy()
+        found['at_depth'] = condition_scores(torch.from_numpy(model.scaler.transform(seen)), real)
+    return {k if view == 'true' else f'{k}_{view}': v for view, scores in found.items() for k, v in scores.items()}
 
 def evaluate_job(entries: list[dict],    # rows of this job
                  cohort: Cohort,         # whole

@@ -6,7 +6,6 @@
 __all__ = ['FiLM']
 
 # %% ../nbs/11_film.ipynb #c002
-import torch
 from torch import Tensor, nn
 
 # %% ../nbs/11_film.ipynb #c010
@@ -26,5 +25,6 @@ class FiLM(nn.Module):
                 x: Tensor,         # (b, n, dim) patches
                 cond: Tensor       # (b, cond_dim) text CLS
                ) -> Tensor:        # (b, n, dim)
+        "Equation 2."
         gamma, beta = self.gamma_beta(cond)
         return gamma[:, None]*x + beta[:, None]

@@ -16,6 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from sklearn.neural_network import MLPClassifier
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 # %% ../nbs/15_metrics.ipynb #c005
@@ -96,8 +97,8 @@ def detectability(real_train: np.ndarray, fake_train: np.ndarray,  # (n, genes) 
 # %% ../nbs/15_metrics.ipynb #c030
 def classifiers(seed: int, n: int) -> dict:  # the seed, the number of training profiles
     "The two classifiers of the utility metric, with streams of their own."
-    return dict(rf=RandomForestClassifier(100, random_state=seed, n_jobs=1),
-                mlp=MLPClassifier((100,), max_iter=50, batch_size=min(32, n), random_state=seed))
+    return dict(rf=RandomForestClassifier(100, random_state=seed, n_jobs=2 if n > 500 else 1),
+                mlp=MLPClassifier((100,), max_iter=50, batch_size=max(1, min(128, max(16, n//8), n)), random_state=seed))
 
 def utility(fake: np.ndarray, fake_labels: np.ndarray,   # (n, genes) generated profiles, (n,) their labels
             real_test: np.ndarray, test_labels: np.ndarray,  # (m, genes) held-out real profiles, (m,) their labels
@@ -107,7 +108,7 @@ def utility(fake: np.ndarray, fake_labels: np.ndarray,   # (n, genes) generated 
     if len(set(fake_labels)) < 2: raise ValueError('Utility needs at least two labels among the training profiles; there is one. Leave this metric out for such a cohort.')
     fake, real_test, scores = np.asarray(fake, np.float32), np.asarray(real_test, np.float32), {}
     for name, model in classifiers(seed, len(fake)).items():
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), threadpool_limits(1):      # small products: more threads only wait for each other
             warnings.simplefilter('ignore', ConvergenceWarning)
             guess = model.fit(fake, fake_labels).predict(real_test)
         scores |= {f'{name}_accuracy': accuracy_score(test_labels, guess), f'{name}_f1': f1_score(test_labels, guess, average='weighted', zero_division=0),

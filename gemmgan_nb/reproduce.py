@@ -150,7 +150,7 @@ def snakemake_command(profile: str,    # name or path of a profile
                      ) -> list[str]:
     "The Snakemake command line of a run."
     return [sys.executable, '-m', 'snakemake', '--snakefile', str(project_root()/'workflow'/'Snakefile'), '--directory', str(project_root()), '--nolock',
-            '--rerun-incomplete', '--keep-going', '--cores', 'all', '--logger', 'rich', '--config', f'profile={profile}', f'settings={json.dumps(settings)}', *flags]
+            '--rerun-incomplete', '--keep-going', '--cores', 'all', '--config', f'profile={profile}', f'settings={json.dumps(settings)}', *flags]
 
 # %% ../nbs/26_reproduce.ipynb #c026
 def _watch(run: Path, stop: threading.Event, every=60.):
@@ -185,7 +185,8 @@ def reproduce(context: typer.Context,
     except (FileNotFoundError, KeyError) as e: console.print(f'[red]{e.args[0]}[/]'); raise typer.Exit(2) from None
     run, start = project_root()/'runs'/values['run'], time.time()
     try:
-        with lock(run/'.lock', patience=5): code = _run(run, snakemake_command(profile, settings, *context.args))
+        live = ['--logger', 'rich'] if console.is_terminal and '-n' not in context.args else []   # bars on a terminal, reasons line by line elsewhere
+        with lock(run/'.lock', patience=5): code = _run(run, snakemake_command(profile, settings, *live, *context.args))
     except RuntimeError as e: console.print(f'[red]Another run of {values["run"]} is at work. {e}[/]'); raise typer.Exit(2) from None
     if code: console.print(f'[red]A stage failed.[/] Its notebook lies in {run}, with the error in it. The same command goes on from there.'); raise typer.Exit(1)
     problems = problems_of(run)

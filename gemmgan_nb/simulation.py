@@ -14,6 +14,7 @@ __all__ = ['TISSUES', 'TYPES', 'STAGES', 'AGE_SPREAD', 'CONCENTRATION', 'FIELD',
 # %% ../nbs/04_simulation.ipynb #c002
 import io
 import multiprocessing
+import os
 import uuid
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from PIL import Image
 from scipy import ndimage, spatial
 
 from .data import write_cases, write_star
-from .workspace import Stage, atomic, die_with_parents, progress, rng
+from .workspace import atomic, die_with_parents, progress, rng
 
 # %% ../nbs/04_simulation.ipynb #c005
 TISSUES = ['tumour', 'stroma', 'immune', 'necrosis', 'fat']
@@ -106,19 +107,17 @@ def layout(composition: np.ndarray,   # (5,) shares of tumour, stroma, immune, n
            share: float, g: np.random.Generator) -> np.ndarray:  # of the field that is tissue; (384, 384) 0-4 the tissue, 5 glass
     "A map of tissues whose areas have the shares of `composition`."
     inside = outline(share, g)
-    fields = np.stack([smooth(g, 36) + .18*smooth(g, 6) for _ in TISSUES])[:, inside]
-    bias, some = np.log(composition + 1e-3)[:, None], fields[:, ::5]
+    bias, fields = np.log(composition + 1e-3)[:, None], np.stack([smooth(g, 36) + .18*smooth(g, 6) for _ in TISSUES])[:, inside]
     for step in np.geomspace(.8, .1, 60):
-        area = np.bincount((some + bias).argmax(0), minlength=5)/some.shape[1]
+        area = np.bincount((fields[:, ::5] + bias).argmax(0), minlength=5)/len(fields[0, ::5])
         bias = bias + step*np.clip(np.log((composition + 2e-3)/(area + 2e-3)), -1, 1)[:, None]
     tissues = np.full((GRID, GRID), 5, np.int8)
     tissues[inside] = (fields + bias).argmax(0)
     return tissues
 
 # %% ../nbs/04_simulation.ipynb #c028
-#                radius µm, spread, length, darkness, grain, membrane
-NUCLEI = dict(tumour=(4.4, .20, 1.35, 1.15, .32, .45), lymphocyte=(2.7, .09, 1.12, 2.0, .30, .1), fibroblast=(1.9, .20, 3.6, 1.5, .20, .1),
-              ghost=(3.0, .35, 1.4, .42, .30, 0), debris=(1.1, .40, 1.4, 1.7, .15, 0))
+NUCLEI = dict(tumour=(4.4, .20, 1.35, 1.15, .32, .45),   # radius µm, spread, length, darkness, grain, membrane
+              lymphocyte=(2.7, .09, 1.12, 2.0, .30, .1), fibroblast=(1.9, .20, 3.6, 1.5, .20, .1), ghost=(3.0, .35, 1.4, .42, .30, 0), debris=(1.1, .40, 1.4, 1.7, .15, 0))
 DIRECTIONS, COPIES = 16, 5
 
 def nucleus(kind: str,              # of `NUCLEI`
@@ -144,9 +143,8 @@ def stamps(kind: str, mpp: float) -> list[np.ndarray]:  # of `NUCLEI`, .25 or .5
     return fine if mpp == .25 else [s.reshape(len(s)//2, 2, -1, 2).mean((1, 3)) for s in fine]
 
 # %% ../nbs/04_simulation.ipynb #c034
-#         kind, tissues it lives in, spacing µm, shake, share of places taken
-CELLS = [('tumour', (0,), 11.6, .26, .97), ('lymphocyte', (2,), 6.9, .30, .88), ('fibroblast', (1,), 17., .5, 1.), ('lymphocyte', (0, 1), 27., .6, .35),
-         ('ghost', (3,), 13., .5, .6), ('debris', (3,), 9., .6, .45)]
+CELLS = [('tumour', (0,), 11.6, .26, .97),   # kind, tissues it lives in, spacing µm, shake, share of places taken
+         ('lymphocyte', (2,), 6.9, .30, .88), ('fibroblast', (1,), 17., .5, 1.), ('lymphocyte', (0, 1), 27., .6, .35), ('ghost', (3,), 13., .5, .6), ('debris', (3,), 9., .6, .45)]
 
 def honeycomb(spacing: float, shake: float, g: np.random.Generator) -> np.ndarray:  # µm, in spacings; (N, 2) x, y in µm
     "Shaken honeycomb places in the field."
@@ -167,7 +165,7 @@ def populate(tissues: np.ndarray,    # (384, 384) what is drawn where
         keep = np.isin(tissues[at], where) & (g.random(len(p)) < taken)
         which = g.integers(0, DIRECTIONS*COPIES, len(p))
         if kind == 'fibroblast': which = np.round(direction[at]/np.pi*DIRECTIONS).astype(int) % DIRECTIONS*COPIES + which % COPIES
-        for (x, y), k in zip((p[keep]/mpp).astype(int), which[keep]):
+        for (x, y), k in zip((p[keep]/mpp).astype(int), which[keep], strict=True):
             s = stamps(kind, mpp)[k]; h = len(s)//2
             if min(x, y) < h or max(x, y) + h > len(canvas): continue
             spot = canvas[y - h:y + h, x - h:x + h]
@@ -193,8 +191,7 @@ def fibres(g: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:  # (1536, 1
     return streaks()[0][look(across, 2) & 1023, look(along, 1) & 511], np.arctan2(dx, -dy) % np.pi
 
 # %% ../nbs/04_simulation.ipynb #c041
-#            tumour, stroma, immune, necrosis, fat, glass
-BASE_BLUE = np.array([.33, .05, .16, .15, .01, 0.], np.float32)
+BASE_BLUE = np.array([.33, .05, .16, .15, .01, 0.], np.float32)   # tumour, stroma, immune, necrosis, fat, glass
 BASE_PINK = np.array([.50, .50, .26, .62, .01, 0.], np.float32)
 ROUGH = np.array([.11, .04, .10, .30, 0., 0.], np.float32)
 
@@ -251,10 +248,8 @@ INKS = np.array([[.25, .35, .85], [.15, .55, .35], [.25, .25, .28]], np.float32)
 
 def pen_mark(rgb: np.ndarray, g: np.random.Generator) -> np.ndarray:  # (pixels, pixels, 3) uint8, without and with a stroke along one side
     "A felt-pen stroke near the border of the field."
-    s = np.linspace(-.1, 1.1, 200)
-    bow = .09 + .05*np.sin(g.uniform(2, 5)*s + g.uniform(0, 6))
-    line = np.stack([s, bow] if g.random() < .5 else [1 - bow, s], -1)*GRID
-    far = spatial.cKDTree(line).query(np.argwhere(np.ones((GRID, GRID))))[0].reshape(GRID, GRID)
+    s, bow = np.linspace(-.1, 1.1, 200), .09 + .05*np.sin(g.uniform(2, 5)*np.linspace(-.1, 1.1, 200) + g.uniform(0, 6))
+    far = spatial.cKDTree(np.stack([s, bow] if g.random() < .5 else [1 - bow, s], -1)*GRID).query(np.argwhere(np.ones((GRID, GRID))))[0].reshape(GRID, GRID)
     ink = enlarge(1/(1 + np.exp(np.clip((far + smooth(g, 10) - g.uniform(9, 15))*1.2, -30, 30))), len(rgb))[..., None]*.85
     return (rgb*(1 - ink*(1 - INKS[g.integers(3)]))).clip(0, 255).astype(np.uint8)
 
@@ -268,15 +263,13 @@ def draw_slide(case: pd.Series, seed: int = 0) -> np.ndarray:  # a row of `draw_
     return pen_mark(rgb, g) if case.pen else rgb
 
 # %% ../nbs/04_simulation.ipynb #c052
-def write_slide(path: str | Path,   # a .tiff file
-                rgb: np.ndarray,    # (pixels, pixels, 3) uint8
+def write_slide(path: str | Path, rgb: np.ndarray,    # a .tiff file; (pixels, pixels, 3) uint8
                 mpp: float, quality: int = 85) -> None:  # µm per pixel; of the JPEG tiles
     "Writes a pyramid of 256 px JPEG tiles that OpenSlide reads as Aperio, with its microns per pixel."
     note = f'Aperio Image Library layout, simulated by gemmgan_nb\r\n{len(rgb)}x{len(rgb)} (256x256) JPEG Q={quality}|AppMag = {10/mpp:g}|MPP = {mpp:g}'
     with atomic(path) as p, tifffile.TiffWriter(p) as tiff:
         for level in range(3):
-            pixels = np.asarray(Image.fromarray(rgb).reduce(4**level))
-            tiff.write(pixels, tile=(256, 256), photometric='rgb', compression='jpeg', compressionargs=dict(level=quality), subfiletype=int(level > 0), maxworkers=1,
+            tiff.write(np.asarray(Image.fromarray(rgb).reduce(4**level)), tile=(256, 256), photometric='rgb', compression='jpeg', compressionargs=dict(level=quality), subfiletype=int(level > 0), maxworkers=1,
                        resolution=(1e4/mpp/4**level,)*2, resolutionunit='CENTIMETER', description=note if level == 0 else None, metadata=None, software='')
 
 # %% ../nbs/04_simulation.ipynb #c058
@@ -315,10 +308,9 @@ def gene_table(n: int = 2000, seed: int = 0) -> pd.DataFrame:  # genes (200 to 2
     marked = [s for text in MARKERS.values() for s in text.split() if s not in NOT_CODING['lncRNA']]
     coding = list(dict.fromkeys(marked + symbols(FAMILIES)))[:n - len(silent) - n//40]
     if len(coding) + len(silent) + n//40 < n or n < 200: raise ValueError(f'{n} genes asked; there are symbols for 200 to {len(symbols(FAMILIES)) + len(silent) + n//40}.')
-    rows = [(s, 'protein_coding') for s in coding + silent] + other[:n//40]
-    t = pd.DataFrame(rows, columns=['gene_name', 'gene_type'])
+    t = pd.DataFrame([(s, 'protein_coding') for s in coding + silent] + other[:n//40], columns=['gene_name', 'gene_type'])
     t['length'], t['base'], t['sd'] = np.exp(g.normal(7.8, .6, n)).astype(int) + 200, g.normal(6.5, 1.8, n).clip(2), np.exp(g.normal(np.log(1.15), .25, n))
-    t.loc[t.gene_name.isin(silent), 'base'] = [-np.inf, *[-11]*(len(silent) - 1)]  # the first never has a read: constant in every unit
+    t.loc[t.gene_name.isin(silent), 'base'] = [-np.inf, *[np.log2(n/2000) - 8]*(len(silent) - 1)]  # the first never has a read: constant in every unit
     t.insert(0, 'gene_id', [f'ENSG{9*10**10 + i}.1' for i in range(n)])
     return t.set_index(t.gene_id.str.split('.').str[0].rename('ensembl'))
 
@@ -334,8 +326,8 @@ def drivers(cases: pd.DataFrame) -> dict[str, np.ndarray]:  # from `draw_cases`;
 
 def covariances() -> dict[str, np.ndarray]:  # part -> (drivers, drivers)
     "Covariance of the drivers in the population, from the law."
-    p, means, male = TYPES.share.to_numpy(), TYPES[TISSUES].to_numpy(), 1 - TYPES.female.to_numpy()
-    text = np.diag([p @ (male*(1 - male)), AGE_SPREAD**2/6, p @ TYPES.staged*(STAGES @ np.arange(1, 5)**2 - (STAGES @ np.arange(1, 5))**2), p @ male*(1 - p @ male)])
+    p, means, male, steps = TYPES.share.to_numpy(), TYPES[TISSUES].to_numpy(), 1 - TYPES.female.to_numpy(), np.arange(1, 5)
+    text = np.diag([p @ (male*(1 - male)), AGE_SPREAD**2/6, p @ TYPES.staged*(STAGES @ steps**2 - (STAGES @ steps)**2), p @ male*(1 - p @ male)])
     text[0, 3] = text[3, 0] = text[0, 0]
     return dict(type=np.diag(p) - np.outer(p, p), image=(np.diag(p @ means) - (means.T*p) @ means)/(CONCENTRATION + 1), text=text, hidden=np.eye(HIDDEN))
 
@@ -396,8 +388,7 @@ class Law:
         return np.log2(1e6*per_base/per_base.sum(1, keepdims=True) + 1)
 
 # %% ../nbs/04_simulation.ipynb #c072
-def make_law(genes: int = 2000, seed: int = 0,                       # how many; of the cohort
-             image_signal: float = 1., text_signal: float = 1.) -> Law:  # the dials, 0 to 1
+def make_law(genes: int = 2000, seed: int = 0, image_signal: float = 1., text_signal: float = 1.) -> Law:  # how many, of the cohort, dials from 0 to 1
     "The law of a cohort."
     table = gene_table(genes, seed)
     W, share = loadings(table, seed)
@@ -408,8 +399,7 @@ def make_law(genes: int = 2000, seed: int = 0,                       # how many;
 def twin_shares(law: Law, n: int = 1000, seed: int = 0) -> pd.DataFrame:  # cases, their seed; (genes, 5) shares of variance of log2(TPM + 1)
     "Measured shares of variance of each gene, from twins that share ever more parts."
     g, first = rng(seed, 'twins'), draw_cases(n, seed + 1)
-    person = lambda cases: drivers(cases) | dict(hidden=g.normal(size=(n, HIDDEN)))
-    a, b = person(first), person(draw_cases(n, seed + 2, kinds=first.kind))
+    a, b = (drivers(c) | dict(hidden=g.normal(size=(n, HIDDEN))) for c in (first, draw_cases(n, seed + 2, kinds=first.kind)))
     read = lambda x: (lambda y: y - y.mean(0))(law.log_tpm(law.counts(law.level(x), g)))
     y, alike = read(a), [0*law.genes.sd.to_numpy()]
     for i in range(4):
@@ -440,30 +430,32 @@ def _write_case(task, law, hidden, folder, seed):
     write_star(folder/row['expression'], law.genes[['gene_id', 'gene_name', 'gene_type', 'length']], reads)
     return row, law.log_tpm(reads[None])[0], *oracle(law, shown, hidden, rng(seed, 'oracle', case.name))
 
+def _join_run():
+    os.environ.setdefault('GEMMGAN_RUN_PID', str(os.getppid()))   # outside a pipeline the run is the process that asked
+    die_with_parents()
+
 def parallel(function, tasks: list, workers: int = 2):  # picklable; how many processes
     "Results in order, from `workers` processes that die with this one; in this process when `workers` is 1."
     if workers == 1: yield from map(function, tasks); return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context('fork'), initializer=die_with_parents) as pool: yield from pool.map(function, tasks)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context('fork'), initializer=_join_run) as pool: yield from pool.map(function, tasks)
 
 # %% ../nbs/04_simulation.ipynb #c097
 def simulate(folder: str | Path,         # where to write, in GDC's layout
              cases: int = 160,           # how many
              image_signal: float = 1.,   # 0 to 1; at 0 expression carries nothing of the composition
              text_signal: float = 1.,    # 0 to 1; at 0 expression carries nothing of type, site, sex, age, stage
-             seed: int = 0,              # same seed, same bytes
-             genes: int = 2000,          # 200 to 2000
-             workers: int = 2,           # processes
-            ) -> dict:                   # numbers for the record: cases, genes, shares
+             seed: int = 0, genes: int = 2000, workers: int = 2,  # same seed, same bytes; 200 to 2000; processes
+            ) -> dict:                   # numbers for the record: cases, genes, dials, measured shares
     "Writes a cohort with known truth: slides, clinical.jsonl, expression, manifest.csv and truth.h5ad."
     folder, law, who = Path(folder), make_law(genes, seed, image_signal, text_signal), draw_cases(cases, seed)
-    hidden = rng(seed, 'hidden').normal(size=(cases, HIDDEN))
-    tasks = list(zip((c for _, c in who.iterrows()), law.level(drivers(who)), law.level(dict(hidden=hidden))))
+    shown, hidden = law.level(drivers(who)), rng(seed, 'hidden').normal(size=(cases, HIDDEN))
+    tasks = list(zip((c for _, c in who.iterrows()), shown, law.level(dict(hidden=hidden)), strict=True))
     work = partial(_write_case, law=law, hidden=hidden_draws(256, rng(seed, 'draws')), folder=folder, seed=seed)
-    rows, x, mean, variance = zip(*progress(parallel(work, tasks, workers), 'case', cases))
+    rows, x, mean, variance = zip(*progress(parallel(work, tasks, workers), 'case', cases), strict=True)
     write_cases(folder/'clinical.jsonl', [clinical_record(c) for c, *_ in tasks])
     with atomic(folder/'manifest.csv') as p: pd.DataFrame(rows).to_csv(p, index=False)
     shares = twin_shares(law, seed=seed).median().round(4).to_dict()
-    facts = dict(cases=cases, genes=genes, image_signal=image_signal, text_signal=text_signal, seed=seed, **{f'share_{k}': v for k, v in shares.items()})
+    facts = dict(cases=cases, genes=genes, image_signal=image_signal, text_signal=text_signal, seed=seed) | {f'share_{k}': v for k, v in shares.items()}
     truth = ad.AnnData(np.float32(x), obs=who.join(TYPES[['project', 'disease_type', 'primary_site']], on='kind'), var=law.genes.rename(columns=dict(gene_name='symbol')),
                        layers=dict(mean=np.float32(mean), variance=np.float32(variance)), obsm=dict(hidden=hidden), uns=facts)
     with atomic(folder/'truth.h5ad') as p: truth.write_h5ad(p)

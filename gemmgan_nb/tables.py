@@ -26,7 +26,8 @@ PANEL = {  # key: (heading, direction, group)
 CONDITION = {
     'correlation': ('Correlation with the patient', '↑', 'Condition'), 'correlation_shuffled_image': ("... other patients' images", '→ 0', 'Condition'),
     'correlation_shuffled_text': ("... other patients' texts", '', 'Condition'), 'correlation_wrong_patient': ('... both', '→ 0', 'Condition'),
-    'crps': ('CRPS', '↓', 'Condition'), 'spread_ratio': ('Spread ratio', '→ 1', 'Condition')}
+    'crps': ('CRPS', '↓', 'Condition'), 'spread_ratio': ('Spread ratio', '→ 1', 'Condition'),
+    'spread_ratio_at_depth': ('... seen at the depth of the test spots', '→ 1', 'Condition')}
 
 # %% ../nbs/23_tables.ipynb #c006
 def spreads(scores: pd.DataFrame  # model, seed, run, metric, value

@@ -64,8 +64,8 @@ class Budget:
     latent: int = 256         # dimension of the noise (paper, Sec. 6.3)
     n_critic: int = 5         # critic steps a generator step
     penalty: float = 10.      # lambda, weight of the gradient penalty
-    lr: float = 2e-4          # rate of both optimisers
-    lr_critic: float = 2e-4   # rate of the critic
+    lr: float = 5e-4          # rate of both optimisers
+    lr_critic: float = 5e-4   # rate of the critic
     dropout: float = .1       # inside the patch transformer
     ema: float = .995         # share that the averaged generator keeps at each step
     score_every: int = 100    # generator steps between two looks at the validation cases
