@@ -1,4 +1,6 @@
 # make reproduce | test | test-all | lab | readme | clean-nbs    each sets up .venv by itself
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 PROFILE ?= demo
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13,$(shell python$(v) -c 'import sys; print(sys.executable)' 2>/dev/null)) \
 	$(shell python3 -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14); print(sys.executable)' 2>/dev/null))
@@ -40,5 +42,5 @@ $(VENV)/ready: settings.ini setup.py pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) with $(PYTHON) (about 5 GB, some minutes; CPU=1 takes CPU-only builds of torch)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(if $(CPU),@$(BIN)/pip install -q --progress-bar off -c constraints.txt torch torchvision --index-url $(CPU_INDEX))
-	@$(BIN)/pip install --progress-bar off -c constraints.txt -e '.[dev]' | grep --line-buffered -E '^(Collecting|Installing|Successfully)' | cut -c1-120
+	@$(BIN)/pip install --progress-bar off -c constraints.txt -e '.[dev]' | awk '/^(Collecting|Installing|Successfully)/ {print substr($$0, 1, 100); fflush()}'
 	@$(BIN)/pip check && touch $@

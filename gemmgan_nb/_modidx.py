@@ -241,6 +241,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'gemmgan_nb.reproduce.StageEngine': ('reproduce.html#stageengine', 'gemmgan_nb/reproduce.py'),
                                       'gemmgan_nb.reproduce.StageEngine.execute_managed_notebook': ( 'reproduce.html#stageengine.execute_managed_notebook',
                                                                                                      'gemmgan_nb/reproduce.py'),
+                                      'gemmgan_nb.reproduce._bare': ('reproduce.html#_bare', 'gemmgan_nb/reproduce.py'),
                                       'gemmgan_nb.reproduce._is_import': ('reproduce.html#_is_import', 'gemmgan_nb/reproduce.py'),
                                       'gemmgan_nb.reproduce._module': ('reproduce.html#_module', 'gemmgan_nb/reproduce.py'),
                                       'gemmgan_nb.reproduce._names': ('reproduce.html#_names', 'gemmgan_nb/reproduce.py'),

@@ -21,14 +21,25 @@ from .workspace import atomic, read_json, rng, write_json
 # %% ../nbs/18_baselines.ipynb #c005
 class Simple:
     "A row made of arrays: subclasses give `learn` and `draw`."
-    def __init__(self, spec: ModelSpec, budget=None, switches=None, work=None): self.spec, self.arrays = spec, {}
+    def __init__(self,
+                 spec: ModelSpec,  # name and modalities
+                 budget=None, switches=None, work=None):  # not needed here; networks take them
+        self.spec, self.arrays = spec, {}
     def fit(self, train: Cohort, val: Cohort, seed: int) -> History:  # training cases, validation cases, seed
         "Learns from training cases (validation selects). Raises LeakError when `train` holds others."
         self.scaler, self.about = Scaler.fit(train), describe(train)
         self.learn(train, val, seed)
         return History()
-    def learn(self, train, val, seed): pass
-    def sample(self, cases: Cohort, n: int, seed: int) -> Tensor:  # (n, cases, genes) z-scored on the training cases
+    def learn(self,
+              train: Cohort,  # training cases
+              val: Cohort,    # validation cases
+              seed: int):     # of anything random
+        "Fills `arrays`; a row with nothing to learn leaves this alone."
+    def sample(self,
+               cases: Cohort,  # whom to draw for
+               n: int,         # profiles a case
+               seed: int       # of the draws
+              ) -> Tensor:     # (n, cases, genes) z-scored on the training cases
         "`n` profiles for each case."
         return torch.from_numpy(np.asarray(self.draw(cases, n, rng(seed, 'sample')), np.float32))
     def save(self, folder: str | Path):  # the checkpoint folder

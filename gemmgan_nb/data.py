@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .workspace import Problems, Stage, atomic, progress, rng
+from .workspace import Problems, atomic, progress, rng
 
 # %% ../nbs/03_data.ipynb #c005
 STAR_COLUMNS = 'gene_id gene_name gene_type unstranded stranded_first stranded_second tpm_unstranded fpkm_unstranded fpkm_uq_unstranded'.split()
@@ -93,7 +93,8 @@ def split_by_patient(groups: list[str],         # the patient of each case
     order = sorted(order, key=lambda g: stratum[g])
     u = (np.arange(len(order))*0.6180339887 + rng(seed, 'offset').random()) % 1
     side = np.array(list(fractions))[np.searchsorted(np.cumsum(list(fractions.values()))[:-1], u, side='right')]
-    return np.array([dict(zip(order, side))[g] for g in groups])
+    side_of = dict(zip(order, side, strict=True))
+    return np.array([side_of[g] for g in groups])
 
 # %% ../nbs/03_data.ipynb #c021
 def pack(path: str | Path,             # the .safetensors file to write
@@ -104,7 +105,7 @@ def pack(path: str | Path,             # the .safetensors file to write
     "Streams the features of all slides into one file, with the rows of each case. Raises KeyError for a slide without features."
     arrays = dict(arrays)
     sizes = {s: int(a.shape[0]) for s, a in arrays.items()}
-    first = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist()))
+    first = dict(zip(sizes, np.cumsum([0, *sizes.values()])[:-1].tolist(), strict=True))
     whole = lambda s, r: first[s] + (np.arange(sizes[s]) if r is None else np.asarray(r, np.int64))
     rows = [np.concatenate([whole(s, r) for s, r in parts]) if parts else np.zeros(0, np.int64) for parts in bags.values()]
     counts = np.array([len(r) for r in rows], np.int64)
@@ -174,7 +175,7 @@ class Bank:
         return self._take(cases, at, at < self.counts[cases][:, None])
     def mean(self) -> Tensor:  # (cases, dim)
         "The mean row of each case; zero for an empty bag."
-        total = [self.features[self.rows[a:a + k]].float().sum(0) for a, k in zip(self.starts.tolist(), self.counts.tolist())]
+        total = [self.features[self.rows[a:a + k]].float().sum(0) for a, k in zip(self.starts.tolist(), self.counts.tolist(), strict=True)]
         return torch.stack(total)/self.counts.clamp_min(1)[:, None]
 
 # %% ../nbs/03_data.ipynb #c031
@@ -308,7 +309,7 @@ def read_expression(source: Path,         # folder of manifest.csv
                    ) -> pd.DataFrame:     # index case_id, a column a gene
     "log2(value + 1) of every case whose file can be read; `attrs['symbol']` holds the symbols."
     rows, symbol = {}, None
-    for case, name in progress(list(zip(manifest.case_id, manifest.expression)), 'expression'):
+    for case, name in progress(list(zip(manifest.case_id, manifest.expression, strict=True)), 'expression'):
         try: table = read_star(source/str(name), unit)
         except (OSError, ValueError) as e: problems.add(case, f'no expression: {e}. The case is left out.'); continue
         rows[case], symbol = table.value, table.symbol if symbol is None else symbol

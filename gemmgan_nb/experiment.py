@@ -13,7 +13,6 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -21,7 +20,7 @@ from .condition import condition_scores, condition_test, thin
 from .data import Cohort
 from .metrics import correlation_mse, detectability, precision_recall, utility
 from .training import Budget, ModelSpec, refuse_seen
-from .workspace import Stage, atomic, read_json, torch_rng, write_json
+from .workspace import atomic, read_json, torch_rng, write_json
 
 # %% ../nbs/22_experiment.ipynb #c005
 def entry(kind: str,             # 'module.Class' in this library

@@ -8,6 +8,7 @@ __all__ = ['HEADING', 'PACKAGE', 'app', 'console', 'stage_cells', 'StageEngine',
 
 # %% ../nbs/26_reproduce.ipynb #c002
 import ast
+import copy
 import hashlib
 import json
 import os
@@ -99,14 +100,25 @@ def _symbols(tree):
     own.pop('__all__', None)
     return own, imported, loose
 
+def _bare(node):
+    "The code of a definition without docstrings."
+    node = copy.deepcopy(node)
+    for n in ast.walk(node):
+        if isinstance(n, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(n) is not None: n.body = n.body[1:] or [ast.Pass()]
+    return ast.unparse(node)
+
 def _names(node):
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | {(m, a.name) for n in ast.walk(node) if (m := _module(n)) for a in n.names}
 
 # %% ../nbs/26_reproduce.ipynb #c016
 class Code:
     "The library's definitions and which of them use which."
-    def __init__(self, package: str | Path = PACKAGE): self.package, self.modules = Path(package), {}
-    def module(self, name: str):
+    def __init__(self,
+                 package: str | Path = PACKAGE):  # folder of the exported modules
+        self.package, self.modules = Path(package), {}
+    def module(self,
+               name: str):  # of a module, without package
+        "Definitions, imports and loose statements of a module."
         if name not in self.modules: self.modules[name] = _symbols(ast.parse((self.package/f'{name}.py').read_text()))
         return self.modules[name]
     def fingerprint(self,
@@ -119,7 +131,7 @@ class Code:
             own, imported, _ = self.module(module)
             if name in imported: todo.append(imported[name]); continue
             if f'{module}.{name}' in found or name not in own: continue
-            found[f'{module}.{name}'] = hashlib.sha256(ast.unparse(own[name]).encode()).hexdigest()[:8]
+            found[f'{module}.{name}'] = hashlib.sha256(_bare(own[name]).encode()).hexdigest()[:8]
             todo += [n if isinstance(n, tuple) else (module, n) for n in _names(own[name])]
         return dict(sorted(found.items()))
 
@@ -127,7 +139,7 @@ class Code:
 def stage_code(notebook: str | Path,      # a chapter
                section: str = '',         # which stage, where it has several
                also: tuple = (),          # further roots, e.g. the class of the model that is fitted: ('training.WGAN',)
-               package: str | Path = PACKAGE
+               package: str | Path = PACKAGE  # folder of the exported modules
               ) -> list[str]:             # 'module.definition:hash', sorted
     "The fingerprint of a stage: it changes exactly when code changes that the stage may run."
     nb, code = nbformat.read(notebook, 4), Code(package)
@@ -160,7 +172,7 @@ def _watch(run: Path, stop: threading.Event, every=60.):
             try: b = read_json(path)
             except (OSError, ValueError): continue
             more = '  '.join(f'{k} {v:.4g}' for k, v in b.items() if k not in ('name', 'done', 'total', 'time') and isinstance(v, int | float))
-            console.print(f'  {path.parent.relative_to(run)}: {b["name"]} {b["done"]}/{b["total"] or "?"}  {more}')
+            console.print(f'  {path.parent.relative_to(run)}: {b["name"]} {b["done"]}/{b["total"] or "?"}  {more}', soft_wrap=True)
 
 def command_of(profile: str,   # a profile
                settings: dict  # dotted name -> value
@@ -210,7 +222,10 @@ def plan(profile: str = typer.Option('demo', help='A name in workflow/profiles, 
     raise typer.Exit(subprocess.call(snakemake_command(profile, dict(s.split('=', 1) for s in set_), '-n', '--quiet', 'host')))
 
 @app.command(hidden=True)
-def stage(notebook: str, executed: str, params: str, section: str = ''):
+def stage(notebook: str,       # a chapter
+          executed: str,       # where the executed notebook goes
+          params: str,         # its parameters, as JSON
+          section: str = ''):  # which stage, where it has several
     "Runs one stage; the pipeline calls it."
     try: run_stage(notebook, executed, json.loads(params), section)
     except papermill.exceptions.PapermillExecutionError as e:

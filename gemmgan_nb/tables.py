@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .cross_attention import plot_architecture
 from .data import Cohort
 from .experiment import ENTRIES
-from .workspace import Stage, atomic, figure, read_json
+from .workspace import atomic, figure
 
 # %% ../nbs/23_tables.ipynb #c005
 PANEL = {  # key: (heading, direction, group)
@@ -24,7 +23,7 @@ PANEL = {  # key: (heading, direction, group)
     **{f'{what}_{m}_{k}': (f'{m.upper()} ({h})', '↑', f'Utility, {what.replace("_", " ")}')
        for what in ('disease_type', 'primary_site') for m in ('rf', 'mlp') for k, h in (('accuracy', 'Acc.'), ('f1', 'F1'))}}
 CONDITION = {
-    'correlation': ('Correlation with the patient', '↑', 'Condition'), 'correlation_shuffled_image': ("... other patients' images", '→ 0', 'Condition'),
+    'correlation': ('Correlation with the patient', '↑', 'Condition'), 'correlation_shuffled_image': ("... other patients' images", '', 'Condition'),
     'correlation_shuffled_text': ("... other patients' texts", '', 'Condition'), 'correlation_wrong_patient': ('... both', '→ 0', 'Condition'),
     'crps': ('CRPS', '↓', 'Condition'), 'spread_ratio': ('Spread ratio', '→ 1', 'Condition'),
     'spread_ratio_at_depth': ('... seen at the depth of the test spots', '→ 1', 'Condition')}
@@ -43,7 +42,7 @@ def table(scores: pd.DataFrame,  # model, seed, run, metric, value
          ) -> pd.DataFrame:      # metrics x models, text
     "Metrics down, models across, `mean (sd over seeds)` in the cells, `-` where there is no number."
     s = spreads(scores)
-    cell = lambda k, m: '-' if (k, m) not in s.index else f'{s["mean"][k, m]:.4f}' + ('' if np.isnan(s.over_seeds[k, m]) else f' ({s.over_seeds[k, m]:.4f})')
+    cell = lambda k, m: '-' if (k, m) not in s.index or np.isnan(s['mean'][k, m]) else f'{s["mean"][k, m]:.4f}' + ('' if np.isnan(s.over_seeds[k, m]) else f' ({s.over_seeds[k, m]:.4f})')
     models = list(dict.fromkeys(scores.model))
     rows = {(g, f'{h} {d}'.strip()): [cell(k, m) for m in models] for k, (h, d, g) in panel.items() if (scores.metric == k).any() or panel is PANEL}
     return pd.DataFrame.from_dict(rows, orient='index', columns=[ENTRIES[m]['spec']['title'] for m in models]).set_axis(
@@ -61,6 +60,7 @@ def reasons(cohort: Cohort,  # what the tables are about
     if 'labels' not in cohort.modalities: lines.append('Utility is "-": the cohort has one disease type, so there is nothing to classify.')
     elif bare := [ENTRIES[m]['spec']['title'] for m in models if not ENTRIES[m]['spec']['uses'] and ENTRIES[m]['spec']['preset'] != 'ceiling']:
         lines.append(f'Utility is "-" for {", ".join(bare)}: without a condition their profiles have no label.')
+    if 'train_mean' in models: lines.append('C. MSE is "-" for Train mean: a constant profile has no correlations.')
     if 'text' not in cohort.modalities: lines.append('Image only: the cohort has no text, so GeMM-GAN stands without FiLM and cross-attention.')
     return [*lines, 'Cells: mean (standard deviation over training seeds). Noise and Train mean are floors; Real profiles are training patients, a ceiling for realism that knows nothing of the test patient.']
 

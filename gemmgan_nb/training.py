@@ -41,7 +41,9 @@ class History:
     "What happened in training: a row each time the model was scored."
     rows: list = field(default_factory=list)
     seconds: float = 0.
-    def frame(self) -> pd.DataFrame: return pd.DataFrame(self.rows)
+    def frame(self) -> pd.DataFrame:
+        "step, score and losses, a row a look."
+        return pd.DataFrame(self.rows)
 
 class ExpressionModel(Protocol):
     "Every row of every table."
@@ -67,7 +69,7 @@ class Budget:
     lr: float = 5e-4          # rate of both optimisers
     lr_critic: float = 5e-4   # rate of the critic
     dropout: float = .1       # inside the patch transformer
-    ema: float = .995         # share that the averaged generator keeps at each step
+    ema: float = .98          # share that the averaged generator keeps at each step
     score_every: int = 100    # generator steps between two looks at the validation cases
     score_samples: int = 16   # profiles a validation case
     checkpoint_seconds: float = 30.  # between two checkpoints
@@ -116,8 +118,15 @@ def crps(samples: Tensor,  # (n, cases, genes) profiles drawn for each case; n >
 
 # %% ../nbs/14_training.ipynb #c019
 class Trainer:
-    "Trains a network on training cases, selects on validation cases, resumes from its checkpoint."
-    def __init__(self, model, train: Cohort, val: Cohort, seed: int, budget: Budget, work=None, score=None):
+    "The state of one training: step, streams, averaged weights, best so far."
+    def __init__(self,
+                 model,           # a `Network`
+                 train: Cohort,   # training cases only; anything else raises LeakError
+                 val: Cohort,     # validation cases, which select
+                 seed: int,       # of all streams
+                 budget: Budget,  # how long and how
+                 work=None,       # folder of the checkpoint
+                 score=None):     # score(model, val), smaller is better
         self.model, self.val, self.budget, self.seed = model, val, budget, seed
         self.work, self.score = Path(work) if work else None, score or (lambda m, v: _validation_crps(m, v, budget.score_samples, seed))
         self.feed = Feed(only_training(train, 'Training'), model.scaler, budget.patches, model.spec.uses, model.device)
@@ -191,14 +200,25 @@ def train_network(model,               # has weights, state, iteration, sample, 
 
 # %% ../nbs/14_training.ipynb #c024
 class Conditioned(nn.Module):
-    "A fusion network before a head; `None` in place of the fusion for an unconditional model."
-    def __init__(self, fusion, head): super().__init__(); self.fusion, self.head = fusion, head
-    def condition(self, batch: Batch): return None if self.fusion is None else self.fusion(*batch.condition)
+    "A fusion network before a head."
+    def __init__(self,
+                 fusion,  # MultimodalFusion; None for an unconditional model
+                 head):   # Generator or Critic
+        super().__init__(); self.fusion, self.head = fusion, head
+    def condition(self,
+                  batch: Batch):  # what is known of some cases
+        "The condition of each case (Eq. 1), (b, dim), or None."
+        return None if self.fusion is None else self.fusion(*batch.condition)
 
 # %% ../nbs/14_training.ipynb #c026
 class Network:
     "A trained row: subclasses give `build`, `weights`, `state`, `iteration` and `draw`."
-    def __init__(self, spec: ModelSpec, budget: Budget | None = None, switches: dict | None = None, work=None, device=None):
+    def __init__(self,
+                 spec: ModelSpec,                # name and modalities
+                 budget: Budget | None = None,   # how long and how it is trained; default the paper's sizes
+                 switches: dict | None = None,   # of the fusion network
+                 work=None,                      # folder of the training checkpoint; None: nothing is kept
+                 device=None):                   # default cuda where there is one
         self.spec, self.budget, self.switches, self.work = spec, budget or Budget(), switches or {}, work
         self.device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     def fit(self,
@@ -280,24 +300,46 @@ def load_network(kind: type,          # the class that was saved, e.g. WGAN
 class WGAN(Network):
     "WGAN-GP over the fusion network (Sec. 4.3); `spec.uses` and `switches` choose the row of the tables."
     save, load = save_network, classmethod(load_network)
-    def build(self, patch_dim, token_dim, genes):
+    def build(self,
+              patch_dim,  # width of a patch feature; None without images
+              token_dim,  # width of a token feature; None without text
+              genes):     # length of a profile
+        "Makes generator, critic and their optimisers."
         b, cond = self.budget, self.budget.dim if self.spec.uses else 0
         def fusion(): return MultimodalFusion(patch_dim, token_dim, b.dim, image=patch_dim is not None, text=token_dim is not None, dropout=b.dropout, **self.switches)
         self.g = Conditioned(fusion() if cond else None, Generator(genes, cond, b.latent, b.hidden)).to(self.device)
         self.c = Conditioned(fusion() if cond else None, Critic(genes, cond, b.hidden)).to(self.device)
-        adam = lambda net, lr: torch.optim.Adam(net.parameters(), lr, betas=(0., .9))
+        adam = lambda net, lr: torch.optim.Adam(net.parameters(), lr, betas=(0., .9), fused=True)
         self.parts = dict(g=self.g, c=self.c, opt_g=adam(self.g, b.lr), opt_c=adam(self.c, b.lr_critic))
-    def weights(self, new=None):
+    def weights(self,
+                new=None):  # replaces them
+        "The generator's weights, which are averaged, selected and saved."
         if new is not None: self.g.load_state_dict(new)
         return self.g.state_dict()
-    def state(self, new=None):
+    def state(self,
+              new=None):  # replaces it
+        "All that a resumed training needs."
         for k, v in (new or {}).items(): self.parts[k].load_state_dict(v)
         return {k: p.state_dict() for k, p in self.parts.items()}
-    def noise(self, n, stream): return torch.randn(n, self.budget.latent, generator=stream, device=self.device)
-    def draw(self, batch: Batch, b: int, n: int, stream) -> Tensor:
+    def noise(self,
+              n,        # rows
+              stream):  # where the numbers come from
+        "Standard normal noise, (n, latent)."
+        return torch.randn(n, self.budget.latent, generator=stream, device=self.device)
+    def draw(self,
+             batch: Batch,  # what is known of the cases
+             b: int,        # how many cases
+             n: int,        # profiles a case
+             stream         # of the noise
+            ) -> Tensor:    # (n, b, genes)
+        "`n` profiles for each case of a batch."
         self.g.eval(); cond = self.g.condition(batch)
         return torch.stack([self.g.head(self.noise(b, stream), cond) for _ in range(n)])
-    def iteration(self, batch: Batch, stream) -> dict:
+    def iteration(self,
+                  batch: Batch,  # training cases
+                  stream         # of noise and interpolation
+                 ) -> dict:      # losses
+        "Critic steps and one generator step."
         return wgan_iteration(self, batch, stream)
 
 # %% ../nbs/14_training.ipynb #c031

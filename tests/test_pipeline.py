@@ -150,7 +150,7 @@ def test_killed_in_training_a_run_goes_on_from_its_checkpoint(project):
         run = project.start('reproduce', *settings)
         first = wait_for(step)
         assert first >= reached, f'began at step {first}, although a checkpoint held step {reached}'
-        wait_for(lambda: step() > first + 3 and losses())
+        wait_for(lambda first=first: step() > first + 3 and losses())
         assert len(writers(project.folder)) == 1
         chain = [p for p in psutil.Process(run.pid).children(recursive=True) if victim in ' '.join(p.cmdline())]
         checkpoint = wait_for(lambda: next(iter(job.rglob('checkpoint.pt')), None))
