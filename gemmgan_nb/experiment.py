@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .condition import condition_scores, condition_test, thin
+from .condition import condition_test, spread_ratio, thin
 from .data import Cohort
 from .metrics import correlation_mse, detectability, precision_recall, utility
 from .training import Budget, ModelSpec, refuse_seen
@@ -129,7 +129,7 @@ def condition_rows(model, cohort: Cohort, seed: int, n: int) -> dict:  # a fitte
     if cohort.unit == 'log1p(cp10k)' and 'total_counts' in test.obs:
         drawn = torch.from_numpy(model.scaler.inverse(model.sample(test, n, seed).numpy()))
         seen = thin(drawn, cohort.split('train').obs.total_counts.median(), test.obs.total_counts.to_numpy(), torch_rng(seed, 'thin')).numpy()
-        found['at_depth'] = condition_scores(torch.from_numpy(model.scaler.transform(seen)), real)
+        found['at_depth'] = dict(spread_ratio=spread_ratio(torch.from_numpy(model.scaler.transform(seen)), real))
     return {k if view == 'true' else f'{k}_{view}': v for view, scores in found.items() for k, v in scores.items()}
 
 def evaluate_job(entries: list[dict],    # rows of this job
