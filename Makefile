@@ -1,4 +1,4 @@
-# make reproduce | test | test-all | lab | readme | clean-nbs    each sets up .venv by itself
+# make reproduce | test | test-all | lab | readme | outputs | clean-nbs    each sets up .venv by itself
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 PROFILE ?= demo
@@ -10,7 +10,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 RUN := $(BIN)/gemmgan reproduce --profile $(PROFILE) $(if $(HER2ST),--set 'cohort.folder=$(HER2ST)') $(if $(PRESET),--set cohort.preset=$(PRESET)) \
 	$(foreach s,$(SET),--set '$(s)') $(FLAGS)
 
-.PHONY: reproduce plan test test-all lab readme clean-nbs
+.PHONY: reproduce plan test test-all lab readme outputs clean-nbs
 
 reproduce: $(VENV)/ready
 	@$(RUN)
@@ -31,6 +31,9 @@ lab: $(VENV)/ready
 
 readme: $(VENV)/ready
 	@$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
+
+outputs: $(VENV)/ready
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --save && $(BIN)/python workflow/shrink_outputs.py && $(BIN)/nbdev-clean
 
 clean-nbs: $(VENV)/ready
 	@$(BIN)/nbdev-export && $(BIN)/nbdev-clean
