@@ -29,7 +29,7 @@ def copy(tmp_path_factory):
     to = tmp_path_factory.mktemp('copy')
     for name in ('nbs', 'gemmgan_nb'): shutil.copytree(ROOT/name, to/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
     for name in ('pyproject.toml', 'settings.ini', 'setup.py', 'README.md'): shutil.copy(ROOT/name, to/name)
-    env = os.environ | {'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for command in ('nbdev-export', 'nbdev-clean'): subprocess.run([command], cwd=to, check=True, env=env)
     return to
 
