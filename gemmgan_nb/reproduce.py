@@ -171,7 +171,8 @@ def _watch(run: Path, stop: threading.Event, every=60.):
         for path in sorted(run.rglob('heartbeat.json')):
             try: b = read_json(path)
             except (OSError, ValueError): continue
-            more = '  '.join(f'{k} {v:.4g}' for k, v in b.items() if k not in ('name', 'done', 'total', 'time') and isinstance(v, int | float))
+            if time.time() - b['time'] > 3*every: continue   # left by a run that was killed
+            more = '  '.join(f'{k} {v:.4g}' for k, v in b.items() if k not in ('name', 'done', 'total', 'time') and isinstance(v, int | float) and v < float('inf'))
             console.print(f'  {path.parent.relative_to(run)}: {b["name"]} {b["done"]}/{b["total"] or "?"}  {more}', soft_wrap=True)
 
 def command_of(profile: str,   # a profile
