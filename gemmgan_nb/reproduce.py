@@ -9,10 +9,13 @@ __all__ = ['HEADING', 'PACKAGE', 'app', 'console', 'stage_cells', 'StageEngine',
 # %% ../nbs/26_reproduce.ipynb #c002
 import ast
 import copy
+import ctypes
 import hashlib
 import json
 import os
+import platform
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -210,9 +213,10 @@ def reproduce(context: typer.Context,
         console.print(table); raise typer.Exit(3)
 
 def _run(run, command):
-    os.environ['GEMMGAN_RUN_PID'], stop = str(os.getpid()), threading.Event()
+    os.environ['GEMMGAN_RUN'], stop = f'{platform.node()}:{os.getpid()}', threading.Event()
     threading.Thread(target=_watch, args=(run, stop), daemon=True).start()
-    try: return subprocess.call(command)
+    die_with_me = lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL)   # PR_SET_PDEATHSIG: Snakemake does not outlive this process
+    try: return subprocess.call(command, preexec_fn=die_with_me)
     finally: stop.set()
 
 # %% ../nbs/26_reproduce.ipynb #c028

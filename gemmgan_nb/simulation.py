@@ -431,7 +431,7 @@ def _write_case(task, law, hidden, folder, seed):
     return row, law.log_tpm(reads[None])[0], *oracle(law, shown, hidden, rng(seed, 'oracle', case.name))
 
 def _join_run():
-    os.environ.setdefault('GEMMGAN_RUN_PID', str(os.getppid()))   # outside a pipeline the run is the process that asked
+    os.environ.setdefault('GEMMGAN_RUN', f'{os.uname().nodename}:{os.getppid()}')   # outside a pipeline the run is the process that asked
     die_with_parents()
 
 def parallel(function, tasks: list, workers: int = 2):  # picklable; how many processes

@@ -164,8 +164,11 @@ def lineage(root: int  # process id of the run
     return parents[:pids.index(root) + 1] if root in pids else parents[:1]
 
 def die_with_parents(every: float = .5):  # seconds between looks
-    "Ends this process at once when one above it, up to `GEMMGAN_RUN_PID`, has died."
-    if not (root := os.environ.get('GEMMGAN_RUN_PID')): return
+    "Ends this process at once when one above it, up to the one named in `GEMMGAN_RUN`, has died."
+    if not (run := os.environ.get('GEMMGAN_RUN')): return
+    machine, root = run.rsplit(':', 1)
+    elsewhere = machine != platform.node() or 'SLURM_JOB_ID' in os.environ
+    if not (elsewhere or psutil.pid_exists(int(root))): os._exit(70)
     above = lineage(int(root))
     gone = lambda p: not p.is_running() or p.status() == psutil.STATUS_ZOMBIE
     def look():

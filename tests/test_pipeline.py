@@ -135,7 +135,7 @@ def wait_for(what, seconds=300):
 
 
 def test_killed_in_training_a_run_goes_on_from_its_checkpoint(project):
-    "kill -9 on the kernel, on papermill and on Snakemake in turn; each time nothing lives on, and the next run resumes."
+    "kill -9 on the kernel, on papermill, on Snakemake and on the command itself in turn; each time nothing lives on, and the next run resumes."
     settings = ['--set', 'training.steps=100000', '--until', 'fit_gemmgan']
     job = project.run/'fit'/'gemmgan'
     reached = 0
@@ -144,7 +144,7 @@ def test_killed_in_training_a_run_goes_on_from_its_checkpoint(project):
         try: return read_json(job/'heartbeat.json')['done']
         except (OSError, ValueError): return 0
 
-    for victim in ('ipykernel', 'gemmgan_nb.reproduce stage', 'snakemake'):
+    for victim in ('ipykernel', 'gemmgan_nb.reproduce stage', 'snakemake', 'reproduce --profile'):
         (job/'heartbeat.json').unlink(missing_ok=True)
         begun, run = time.time(), project.start('reproduce', *settings)
         try:
@@ -152,7 +152,7 @@ def test_killed_in_training_a_run_goes_on_from_its_checkpoint(project):
             assert first >= reached, f'began at step {first}, although a checkpoint held step {reached}'
             wait_for(lambda first=first, begun=begun: step() > first + 3 and any(p.stat().st_mtime > begun for p in job.rglob('checkpoint.pt')))
             assert len(writers(project.folder)) == 1
-            chain = [p for p in psutil.Process(run.pid).children(recursive=True) if victim in ' '.join(p.cmdline())]
+            chain = [p for p in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)] if victim in ' '.join(p.cmdline())]
             checkpoint = max(job.rglob('checkpoint.pt'), key=lambda p: p.stat().st_mtime)
             reached = torch.load(checkpoint, weights_only=True)['step']
             os.kill(chain[0].pid, signal.SIGKILL)

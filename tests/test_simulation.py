@@ -201,7 +201,7 @@ def test_the_data_chapter_prepares_it(small, tmp_path):
 def test_no_orphans():
     "`kill -9` on the process that simulates takes its workers with it, in a pipeline or not."
     code = "import time; from gemmgan_nb.simulation import parallel; list(parallel(time.sleep, [60, 60], workers=2))"
-    parent = psutil.Popen([sys.executable, '-c', code], env={k: v for k, v in os.environ.items() if k != 'GEMMGAN_RUN_PID'})
+    parent = psutil.Popen([sys.executable, '-c', code], env={k: v for k, v in os.environ.items() if k != 'GEMMGAN_RUN'})
     for _ in range(300):
         workers = parent.children()
         if len(workers) == 2: break
