@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOP', 'MIDDLE', 'BOTTOM', 'BLUE', 'RED', 'GREEN', 'PINK', 'Attention', 'project', 'attention_weights', 'Layer',
-           'with_speaker', 'PatchTransformer', 'PatchMean', 'CrossAttention', 'real_rows', 'MultimodalFusion',
-           'plot_architecture']
+           'with_speaker', 'PatchTransformer', 'PatchMean', 'CrossAttention', 'real_rows', 'or_null',
+           'MultimodalFusion', 'check_switches', 'plot_architecture']
 
 # %% ../nbs/12_cross_attention.ipynb #c002
 import torch
@@ -33,7 +33,7 @@ class Attention(nn.Module):
                 y: Tensor | None = None,     # (b, k, dim) rows that answer; None: `x` itself
                 mask: Tensor | None = None   # (b, k) True = real; None: all are
                ) -> Tensor:                  # (b, q, dim)
-        "For each asking row the mixture of the answering ones."
+        "For each asking row the mixture of the answering ones, (b, q, dim)."
         q, k, v = project(self, x, y)
         mask = None if mask is None else mask[:, None, None]
         a = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.)
@@ -132,10 +132,11 @@ class PatchMean(nn.Module):
 class CrossAttention(nn.Module):
     "The text CLS asks the slide, the patch CLS asks the text; the two answers are added (Eq. 3, 4)."
     def __init__(self,
-                 dim: int,         # d, width (paper: 256)
-                 heads: int = 4):  # as coded
+                 dim: int,                   # d, width (paper: 256)
+                 heads: int = 4,             # as coded
+                 sequential: bool = False):  # as coded: the answer of Eq. 3, not the patch CLS, asks in Eq. 4
         super().__init__()
-        self.t2i, self.i2t = Attention(dim, heads), Attention(dim, heads)
+        self.t2i, self.i2t, self.sequential = Attention(dim, heads), Attention(dim, heads), sequential
     def forward(self,
                 image: Tensor,       # (b, 1+n, dim) E'_img, updated patch CLS first
                 image_mask: Tensor,  # (b, 1+n) True = real
@@ -144,8 +145,10 @@ class CrossAttention(nn.Module):
                 return_weights: bool = False  # also return the weights (b, heads, 1+n) and (b, heads, m)
                ) -> Tensor:          # (b, dim)
         "The condition, and where both sides looked if asked for."
-        ask_image, ask_text = (text[:, :1], image, image_mask), (image[:, :1], text, text_mask)
-        e = (self.t2i(*ask_image) + self.i2t(*ask_text))[:, 0]        # Eq. 3 + Eq. 4
+        ask_image = text[:, :1], image, image_mask
+        found = self.t2i(*ask_image)                                  # Eq. 3
+        ask_text = found if self.sequential else image[:, :1], text, text_mask
+        e = (found + self.i2t(*ask_text))[:, 0]                       # + Eq. 4
         return (e, attention_weights(self.t2i, *ask_image)[:, :, 0], attention_weights(self.i2t, *ask_text)[:, :, 0]) if return_weights else e
 
 # %% ../nbs/12_cross_attention.ipynb #c034
@@ -154,6 +157,17 @@ def real_rows(x: Tensor,           # (b, rows, any) features
              ) -> Tensor:          # (b, rows) bool
     "The mask, or one that takes every row for real."
     return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+
+def or_null(x: Tensor,           # (b, rows, dim) bags
+            mask: Tensor,        # (b, rows) True = real
+            null: Tensor | None  # (dim,) what an empty bag holds; None: it stays empty
+           ) -> tuple[Tensor, Tensor]:  # the bags and their masks
+    "The bags, of which the empty ones hold the null row."
+    if null is None: return x, mask
+    if not x.shape[1]: x, mask = F.pad(x, (0, 0, 0, 1)), F.pad(mask, (0, 1))
+    empty = ~mask.any(1, keepdim=True)
+    first = torch.where(empty, null, x[:, 0])
+    return torch.cat([first[:, None], x[:, 1:]], 1), torch.cat([mask[:, :1] | empty, mask[:, 1:]], 1)
 
 # %% ../nbs/12_cross_attention.ipynb #c035
 class MultimodalFusion(nn.Module):
@@ -167,16 +181,19 @@ class MultimodalFusion(nn.Module):
                  cross: bool = True,        # Eq. 3-4; where there are image and text. False: the patch CLS is the condition
                  image: bool = True,        # False: the text CLS is the condition
                  text: bool = True,         # False: the patch CLS is the condition
+                 raw_film: bool = False,    # as coded: FiLM, in the authors' form, on the features before their projection
+                 sequential: bool = False,  # as coded: Eq. 4 is asked by the answer of Eq. 3
+                 nulls: bool = False,       # True: learned rows stand for a missing image and a missing text
                  **patch_options):          # heads, layers, ff, dropout, norm_first of `PatchTransformer`
         super().__init__()
-        if not (image or text): raise ValueError('image=False and text=False leave nothing to condition on. Turn one on.')
-        if image and text and not (film or cross): raise ValueError('film=False and cross=False: the text would be ignored. Turn one on, or say text=False.')
-        both, self.dim = image and text, dim
+        check_switches(image, text, film, cross)
+        both, self.dim, self.raw_film, none = image and text, dim, raw_film, lambda: nn.Parameter(.02*torch.randn(dim))
         self.patches = nn.Linear(patch_dim, dim) if image else None
         self.tokens = nn.Linear(token_dim, dim) if text else None
-        self.film = FiLM(dim, dim) if film and both else None
+        self.film = (FiLM(patch_dim, token_dim, as_coded=True) if raw_film else FiLM(dim, dim)) if film and both else None
         self.bag = (PatchTransformer(dim, **patch_options) if transformer else PatchMean()) if image else None
-        self.cross = CrossAttention(dim, patch_options.get('heads', 4)) if cross and both else None
+        self.cross = CrossAttention(dim, patch_options.get('heads', 4), sequential) if cross and both else None
+        self.no_image, self.no_text = none() if nulls and image else None, none() if nulls and text else None
     def forward(self,
                 patches: Tensor | None = None,     # (b, n, patch_dim); unused without images
                 patch_mask: Tensor | None = None,  # (b, n) True = real; None: all are
@@ -186,40 +203,89 @@ class MultimodalFusion(nn.Module):
                ) -> Tensor:                        # (b, dim)
         "The condition."
         if self.tokens is not None:
-            text = self.tokens(tokens if self.cross is not None else tokens[:, :1])
-            text_mask = F.pad(real_rows(tokens, token_mask)[:, 1:], (1, 0), value=True)         # the text CLS is always there
+            read = tokens if self.cross is not None else tokens[:, :1]
+            text, text_mask = or_null(self.tokens(read), real_rows(tokens, token_mask)[:, :read.shape[1]], self.no_text)
+            text_mask = F.pad(text_mask[:, 1:], (1, 0), value=True)                             # the text CLS is always there
         if self.patches is None: return text[:, 0]
-        x = self.patches(patches)
-        if self.film is not None: x = self.film(x, text[:, 0])                                  # Eq. 2
-        x, mask = self.bag(x, real_rows(patches, patch_mask))                                   # E'_img
+        x = self.patches(patches if not (self.raw_film and self.film) else self.film(patches, tokens[:, 0]))
+        x, mask = or_null(x, real_rows(patches, patch_mask), self.no_image)
+        if self.film is not None and not self.raw_film: x = self.film(x, text[:, 0])            # Eq. 2
+        x, mask = self.bag(x, mask)                                                             # E'_img
         return x[:, 0] if self.cross is None else self.cross(x, mask, text, text_mask, return_weights)  # Eq. 3-4
 
-# %% ../nbs/12_cross_attention.ipynb #c052
-class _Sketch:
-    "Boxes, arrows and strips on bare axes, in inches."
-    def __init__(self, ax): self.ax = ax
-    def text(self, x, y, s, size=6.8, **kw): self.ax.text(x, y, s, size=size, **dict(ha='center', va='center', zorder=5) | kw)
-    def rect(self, x, y, w, h, **kw):
+# %% ../nbs/12_cross_attention.ipynb #c037
+def check_switches(image: bool,  # is there an image?
+                   text: bool,   # is there a text?
+                   film: bool,   # does the text reach the patches by FiLM?
+                   cross: bool   # do they attend to each other?
+                  ) -> None:
+    "Raises ValueError when the switches leave nothing, or a text that nobody reads."
+    if not (image or text): raise ValueError('image=False and text=False leave nothing to condition on. Turn one on.')
+    if image and text and not (film or cross): raise ValueError('film=False and cross=False: the text would be ignored. Turn one on, or say text=False.')
+
+# %% ../nbs/12_cross_attention.ipynb #c057
+class _Pencil:
+    "Words, rectangles and strips on bare axes, in inches."
+    def __init__(self,
+                 ax):  # bare axes, one unit an inch
+        self.ax = ax
+    def text(self,
+             x, y,      # centre
+             s,         # what to write
+             size=6.8,  # in points
+             **kw):     # handed to matplotlib
+        "Writes."
+        self.ax.text(x, y, s, size=size, **dict(ha='center', va='center', zorder=5) | kw)
+    def rect(self,
+             x, y,   # centre
+             w, h,   # width and height
+             **kw):  # handed to matplotlib
+        "A rounded rectangle."
         self.ax.add_patch(FancyBboxPatch((x - w/2, y - h/2), w, h, **dict(boxstyle='round,pad=0,rounding_size=.07', lw=1.1, zorder=2) | kw))
-    def box(self, x, y, title, *details, w=.86, h=.74, color=PALETTE[6]):
+    def strip(self,
+              x, y,    # centre
+              w,       # width
+              colors,  # a cell each
+              h=.18):  # height
+        "A row of coloured cells."
+        for i, c in enumerate(colors): self.ax.add_patch(Rectangle((x + w*(i/len(colors) - .5), y - h/2), .95*w/len(colors), .95*h, color=c, lw=0, zorder=2))
+
+# %% ../nbs/12_cross_attention.ipynb #c058
+class _Sketch(_Pencil):
+    "What an architecture is made of: boxes and arrows."
+    def box(self,
+            x, y,                # centre
+            title,               # in bold
+            *details,            # lines below it, small
+            w=.86, h=.74,        # width and height
+            color=PALETTE[6]):   # whom it belongs to; default nobody
+        "A module: its name and what is worth saying of it."
         self.rect(x, y, w, h, fc='white', ec='none'); self.rect(x, y, w, h, fc=color, ec='none', alpha=.13); self.rect(x, y, w, h, fc='none', ec=color)
         lines = [(line, 8.2, 'bold', 'black', .155) for line in title.split('\n')] + [(line, 6.8, 'normal', '#444444', .13) for line in details]
         y += sum(line[-1] for line in lines)/2
         for line, size, weight, ink, step in lines: self.text(x, y - step/2, line, size, weight=weight, color=ink); y -= step
-    def arrow(self, *path, label='', at=(0, 0), color='#555555', dashed=False):
+    def arrow(self,
+              *path,            # corners; the head is at the last
+              label='',         # a word beside it
+              at=(0, 0),        # where the word stands
+              color='#555555',  # whose data it carries
+              dashed=False):    # True: a single row travels
+        "A path that data take."
         self.ax.plot([x for x, _ in path], [y for _, y in path], color=color, lw=1.1, ls=(0, (3, 1.5)) if dashed else '-', zorder=1)
         self.ax.annotate('', path[-1], path[-2], arrowprops=dict(arrowstyle='-|>', shrinkA=0, shrinkB=0, mutation_scale=10, color=color, lw=0))
         self.text(*at, label, color=color)
-    def strip(self, x, y, w, colors, h=.18):
-        for i, c in enumerate(colors): self.ax.add_patch(Rectangle((x + w*(i/len(colors) - .5), y - h/2), .95*w/len(colors), .95*h, color=c, lw=0, zorder=2))
 
-# %% ../nbs/12_cross_attention.ipynb #c054
+# %% ../nbs/12_cross_attention.ipynb #c060
 TOP, MIDDLE, BOTTOM = 3.15, 2.02, .89     # heights of the image row, the sum and the text row, in inches
 BLUE, RED, GREEN, PINK = PALETTE[:4]    # image, text, both, GAN
 
-def _size(module): return f'{sum(p.numel() for p in module.parameters()):,}'
+def _size(module):  # whose parameters to count
+    "Parameters, with thousands marked."
+    return f'{sum(p.numel() for p in module.parameters()):,}'
 
-def _draw_inputs(s, f):
+def _draw_inputs(s,   # the `_Sketch`
+                 f):  # the fusion network
+    "Slide and text, their encoders and projections."
     stains = ['#E8B7D0', '#D48BB5', '#F3DCE8', '#B66FAE', '#8A5AA8', '#DDA0C4', '#9C66AC', '#EBC6DA']
     if f.patches is not None:
         for i in range(4): s.strip(.48, TOP - .29 + .195*i, .78, [stains[(3*i + 5*j + i*j) % 8] for j in range(4)], .195)
@@ -230,10 +296,13 @@ def _draw_inputs(s, f):
         s.arrow((.98, row), (1.2, row), color=color)
         s.box(1.62, row, f'{kind}\nencoder', 'frozen', w=.84)
         s.arrow((2.04, row), (2.86, row), label=f'{rows} × {layer.in_features}', at=(2.38, row + .1), color=color)
-        s.box(3.27, row, 'Linear', f'to {f.dim}', _size(layer), w=.82, color=color)
+        second = kind == 'Image' and f.film is not None and f.raw_film      # FiLM comes before it
+        s.box(4.27 if second else 3.27, row, 'Linear', f'to {f.dim}', _size(layer), w=.68 if second else .82, color=color)
 
-# %% ../nbs/12_cross_attention.ipynb #c056
-def _draw_fusion(s, f):
+# %% ../nbs/12_cross_attention.ipynb #c062
+def _draw_fusion(s,   # the `_Sketch`
+                 f):  # the fusion network
+    "FiLM, transformer and what follows."
     last, row, color = (3.27, BOTTOM, RED) if f.patches is None else (5.28, TOP, BLUE if f.film is None else GREEN)
     if f.patches is not None:
         s.arrow((3.68, TOP), (3.93 if f.film is not None else 4.76, TOP), color=BLUE)
@@ -241,27 +310,35 @@ def _draw_fusion(s, f):
         else: s.box(5.28, TOP, 'Mean', 'of the real patches', w=1.04, color=color)
     if f.film is not None:
         s.text(4.0, BOTTOM + .3, 'text CLS', color=RED)
-        s.arrow((3.68, BOTTOM + .2), (4.27, BOTTOM + .2), (4.27, TOP - .37), color=RED, dashed=True)
-        s.box(4.27, TOP, 'FiLM', 'Eq. 2', _size(f.film), w=.68, color=GREEN)
+        if f.raw_film: s.arrow((2.6, BOTTOM), (2.6, MIDDLE), (3.27, MIDDLE), (3.27, TOP - .37), color=RED, dashed=True)
+        else: s.arrow((3.68, BOTTOM + .2), (4.27, BOTTOM + .2), (4.27, TOP - .37), color=RED, dashed=True)
+        s.box(3.27 if f.raw_film else 4.27, TOP, 'FiLM', 'raw features' if f.raw_film else 'Eq. 2', _size(f.film), w=.82 if f.raw_film else .68, color=GREEN)
         s.arrow((4.61, TOP), (4.76, TOP), color=GREEN)
     if f.cross is not None: _draw_cross(s, f, color)
     else: s.arrow((last + .41, row), (6.55, row), (6.55, MIDDLE + (.13 if row > MIDDLE else -.13)), color=color); s.text(6.55, MIDDLE, r'$\hat{e}$', 10, color=GREEN, bbox=dict(boxstyle='circle,pad=.12', fc='white', ec=GREEN))
 
-# %% ../nbs/12_cross_attention.ipynb #c057
-def _draw_cross(s, f, color):
+# %% ../nbs/12_cross_attention.ipynb #c063
+def _draw_cross(s,       # the `_Sketch`
+                f,       # the fusion network
+                color):  # of the image branch
+    "The two attentions and their sum."
     s.arrow((5.8, TOP), (6.1, TOP), label='K, V', at=(5.95, TOP + .1), color=color)
     s.arrow((3.68, BOTTOM), (6.1, BOTTOM), label='K, V', at=(5.93, BOTTOM - .1), color=RED)
     s.arrow((3.68, BOTTOM + .2), (4.75, BOTTOM + .2), (6.3, TOP - .37), color=RED, dashed=True, label='Q', at=(6.05, TOP - .47))
     if f.film is None: s.text(4.0, BOTTOM + .3, 'text CLS', color=RED)
-    s.arrow((5.28, TOP - .37), (6.3, BOTTOM + .37), color=color, dashed=True, label='Q', at=(6.02, BOTTOM + .47))
+    ask = ((6.85, TOP - .37), (6.85, BOTTOM + .37)) if f.cross.sequential else ((5.28, TOP - .37), (6.3, BOTTOM + .37))
+    s.arrow(*ask, color=color, dashed=True, label='Q', at=(6.95 if f.cross.sequential else 6.02, BOTTOM + .47))
     s.box(6.55, TOP, 'Text asks\nimage', 'Eq. 3', _size(f.cross.t2i), w=.9, color=GREEN)
     s.box(6.55, BOTTOM, 'Image asks\ntext', 'Eq. 4', _size(f.cross.i2t), w=.9, color=GREEN)
     s.arrow((6.55, TOP - .37), (6.55, MIDDLE + .12), color=GREEN)
     s.arrow((6.55, BOTTOM + .37), (6.55, MIDDLE - .12), color=GREEN)
     s.text(6.55, MIDDLE - .01, '+', 11, color=GREEN, weight='bold', bbox=dict(boxstyle='circle,pad=.12', fc='white', ec=GREEN))
 
-# %% ../nbs/12_cross_attention.ipynb #c059
-def _draw_gan(s, g, c):
+# %% ../nbs/12_cross_attention.ipynb #c065
+def _draw_gan(s,   # the `_Sketch`
+              g,   # the generator, or None
+              c):  # the critic, or None
+    "Generator and critic."
     profile = ['#B2182B', '#F4A582', '#92C5DE', '#2166AC', '#D6604D', '#FDDBC7', '#4393C3', '#F4A582', '#D1E5F0', '#B2182B', '#92C5DE', '#FDDBC7']
     if g is not None:
         s.arrow((6.68, MIDDLE), (7.42, MIDDLE), (7.42, TOP), (7.91, TOP), label=r'$\hat{e}$ of $\theta_G$', at=(7.66, TOP + .11), color=GREEN)
@@ -276,7 +353,7 @@ def _draw_gan(s, g, c):
         s.box(9.08, BOTTOM, 'Critic', f'{c.net[0].in_features:,} to 1', _size(c), w=2.34, color=PINK)
         s.arrow((9.08, BOTTOM - .37), (9.08, BOTTOM - .6), color=PINK); s.text(9.08, BOTTOM - .7, 'how real, given this slide and text?', 7.2)
 
-# %% ../nbs/12_cross_attention.ipynb #c060
+# %% ../nbs/12_cross_attention.ipynb #c066
 def plot_architecture(fusion: MultimodalFusion,           # as one of the two networks has it
                       generator: nn.Module | None = None, # a `Generator` of the next chapter, or nothing
                       critic: nn.Module | None = None     # a `Critic`, or nothing

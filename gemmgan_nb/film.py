@@ -12,15 +12,16 @@ from torch import Tensor, nn
 class FiLM(nn.Module):
     "Feature-wise linear modulation (Eq. 2): `gamma(cond)*x + beta(cond)`, the same for all patches of a case."
     def __init__(self,
-                 dim: int,          # d, channels of a patch (paper: 256)
-                 cond_dim: int):    # width of the vector that modulates, the text CLS (paper: 256)
+                 dim: int,                # d, channels of a patch (paper: 256)
+                 cond_dim: int,           # width of the vector that modulates, the text CLS (paper: 256)
+                 as_coded: bool = False): # the authors' form: gamma = tanh, beta cut to +-5, PyTorch's first weights
         super().__init__()
-        self.affine = nn.Linear(cond_dim, 2*dim)
-        nn.init.normal_(self.affine.weight, std=.02); nn.init.zeros_(self.affine.bias)
+        self.as_coded, self.affine = as_coded, nn.Linear(cond_dim, 2*dim)
+        if not as_coded: nn.init.normal_(self.affine.weight, std=.02); nn.init.zeros_(self.affine.bias)
     def gamma_beta(self, cond: Tensor) -> tuple[Tensor, Tensor]:  # cond (b, cond_dim); two (b, dim)
         "Scale and shift of each channel."
         gamma, beta = self.affine(cond).chunk(2, dim=-1)
-        return 1 + gamma, beta
+        return (gamma.tanh(), beta.clamp(-5, 5)) if self.as_coded else (1 + gamma, beta)
     def forward(self,
                 x: Tensor,         # (b, n, dim) patches
                 cond: Tensor       # (b, cond_dim) text CLS

@@ -422,11 +422,11 @@ def oracle(law: Law, shown: np.ndarray,                     # (genes,) level fro
     return y.mean(0), y.var(0, ddof=1)
 
 # %% ../nbs/04_simulation.ipynb #c096
-def _write_case(task, law, hidden, folder, seed):
+def _write_case(task, law, hidden, folder, seed, slides):
     case, shown, own = task
     code, reads = barcodes(case.name), law.counts((shown + own)[None], rng(seed, 'reads', case.name))[0]
     row = dict(case_id=case.name, slide=f"slides/{code['slide_id']}.tiff", expression=f'expression/{case.name}.rna_seq.augmented_star_gene_counts.tsv', **code)
-    write_slide(folder/row['slide'], draw_slide(case, seed), 10/case.power)
+    if slides: write_slide(folder/row['slide'], draw_slide(case, seed), 10/case.power)
     write_star(folder/row['expression'], law.genes[['gene_id', 'gene_name', 'gene_type', 'length']], reads)
     return row, law.log_tpm(reads[None])[0], *oracle(law, shown, hidden, rng(seed, 'oracle', case.name))
 
@@ -445,12 +445,13 @@ def simulate(folder: str | Path,         # where to write, in GDC's layout
              image_signal: float = 1.,   # 0 to 1; at 0 expression carries nothing of the composition
              text_signal: float = 1.,    # 0 to 1; at 0 expression carries nothing of type, site, sex, age, stage
              seed: int = 0, genes: int = 2000, workers: int = 2,  # same seed, same bytes; 200 to 2000; processes
+             slides: bool = True,        # False: all but the slides, which no dial changes
             ) -> dict:                   # numbers for the record: cases, genes, dials, measured shares
     "Writes a cohort with known truth: slides, clinical.jsonl, expression, manifest.csv and truth.h5ad."
     folder, law, who = Path(folder), make_law(genes, seed, image_signal, text_signal), draw_cases(cases, seed)
     shown, hidden = law.level(drivers(who)), rng(seed, 'hidden').normal(size=(cases, HIDDEN))
     tasks = list(zip((c for _, c in who.iterrows()), shown, law.level(dict(hidden=hidden)), strict=True))
-    work = partial(_write_case, law=law, hidden=hidden_draws(256, rng(seed, 'draws')), folder=folder, seed=seed)
+    work = partial(_write_case, law=law, hidden=hidden_draws(256, rng(seed, 'draws')), folder=folder, seed=seed, slides=slides)
     rows, x, mean, variance = zip(*progress(parallel(work, tasks, workers), 'case', cases), strict=True)
     write_cases(folder/'clinical.jsonl', [clinical_record(c) for c, *_ in tasks])
     with atomic(folder/'manifest.csv') as p: pd.DataFrame(rows).to_csv(p, index=False)

@@ -33,10 +33,11 @@ class Generator(nn.Module):
                  cond_dim: int = 256,  # d, width of the condition; 0 for an unconditional model
                  latent: int = 256,    # width of the noise (paper: 256)
                  hidden: int = 256,    # width of the hidden layers (paper: 256)
-                 slope: float = .2):   # of the activation below zero
+                 slope: float = .2,    # of the activation below zero; 0 as coded
+                 he: bool = True):     # first weights that keep the variance; False, as coded: PyTorch's
         super().__init__()
         self.latent, self.net = latent, mlp(latent + cond_dim, hidden, genes, slope)
-        for layer in self.net[::2]: nn.init.kaiming_normal_(layer.weight, slope if layer is not self.net[-1] else 1.); nn.init.zeros_(layer.bias)
+        for layer in self.net[::2] if he else (): nn.init.kaiming_normal_(layer.weight, slope if layer is not self.net[-1] else 1.); nn.init.zeros_(layer.bias)
     def forward(self,
                 z: Tensor,             # (b, latent) standard normal noise
                 cond: Tensor | None    # (b, cond_dim)
@@ -51,7 +52,7 @@ class Critic(nn.Module):
                  genes: int,           # g, length of a profile (paper: 18,868)
                  cond_dim: int = 256,  # d, width of the condition; 0 for an unconditional model
                  hidden: int = 256,    # width of the hidden layers (paper: 256)
-                 slope: float = .2):   # of the activation below zero
+                 slope: float = .2):   # of the activation below zero; 0 as coded
         super().__init__()
         self.net = mlp(genes + cond_dim, hidden, 1, slope)
     def forward(self,

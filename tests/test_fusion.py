@@ -9,7 +9,8 @@ from gemmgan_nb.cross_attention import Attention, MultimodalFusion, PatchTransfo
 from gemmgan_nb.wgan_gp import Critic, Generator, critic_loss, generator_loss, gradient_penalty, sample
 
 TABLE2 = {'mean image': dict(transformer=False, text=False), 'text cls': dict(image=False), 'patch transformer': dict(text=False), 'film': dict(cross=False),
-          'cross attention': dict(film=False), 'ours': {}, 'ours without transformer': dict(transformer=False), 'ours, norm first': dict(norm_first=True)}
+          'cross attention': dict(film=False), 'ours': {}, 'ours without transformer': dict(transformer=False), 'ours, norm first': dict(norm_first=True),
+          'as coded': dict(raw_film=True, sequential=True), 'for whoever comes': dict(nulls=True)}
 rows = pytest.mark.parametrize('switches', TABLE2.values(), ids=TABLE2)
 
 
@@ -38,7 +39,7 @@ def test_gradients_are_finite_even_for_empty_bags_and_reach_every_parameter(swit
     fusion(p, pm, t, tm).square().sum().backward()
     for name, w in fusion.named_parameters():
         assert w.grad is not None and w.grad.isfinite().all(), name
-        if not name.endswith('qkv.bias'): assert w.grad.abs().max() > 0, name
+        if not name.endswith(('qkv.bias', 'no_text')): assert w.grad.abs().max() > 0, name
 
 
 def test_a_batch_without_any_patch_and_a_text_without_any_token():
@@ -59,6 +60,28 @@ def test_equations_3_and_4_are_bidirectional_not_sequential():
     assert over_patches.shape == (5, 4, 8) and over_tokens.shape == (5, 4, 6)
     torch.testing.assert_close(over_patches.sum(-1), torch.ones(5, 4, dtype=torch.float64))
     assert (over_tokens.sum(1)[~tm] == 0).all()
+
+
+def test_as_coded_the_second_attention_is_asked_by_the_first_and_film_sees_raw_features():
+    fusion, p, pm, t, tm = fusion_and_inputs(dict(raw_film=True, sequential=True))
+    text, raw = fusion.tokens(t), fusion.film.affine(t[:, 0])
+    modulated = raw[:, None, :12].tanh()*p + raw[:, None, 12:].clamp(-5, 5)
+    image, mask = fusion.bag(fusion.patches(modulated), pm)
+    found = fusion.cross.t2i(text[:, :1], image, mask)
+    torch.testing.assert_close(fusion(p, pm, t, tm), (found + fusion.cross.i2t(found, text, tm))[:, 0])
+
+
+@pytest.mark.parametrize('switches', [{}, dict(cross=False), dict(film=False), dict(transformer=False), dict(raw_film=True, sequential=True)])
+def test_a_missing_modality_is_a_learned_row_whatever_the_padding(switches):
+    fusion, p, pm, t, tm = fusion_and_inputs(dict(nulls=True) | switches)
+    no_image, no_text = torch.zeros_like(pm), torch.zeros_like(tm)
+    torch.testing.assert_close(fusion(p + 9, no_image, t, tm), fusion(p[:, :0], no_image[:, :0], t, tm))
+    if 'raw_film' not in switches: torch.testing.assert_close(fusion(p, pm, t + 9, no_text), fusion(p, pm, t, no_text))      # there the trainer's zeros do it
+    before = fusion(p, no_image, t, no_text)
+    with torch.no_grad(): fusion.no_image += 1
+    assert not torch.allclose(fusion(p, no_image, t, no_text), before)
+    with torch.no_grad(): fusion.no_text += 1
+    torch.testing.assert_close(fusion(p, pm | True, t, tm | True), fusion(p, None, t, None))
 
 
 def test_the_weights_that_are_shown_are_the_weights_that_are_used():
