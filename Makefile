@@ -21,7 +21,7 @@ plan: $(VENV)/ready
 test: $(VENV)/ready
 	@echo "1/3 ruff on the exported library"; $(BIN)/ruff check gemmgan_nb
 	@echo "2/3 every notebook"; OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing
-	@echo "3/3 pytest"; $(BIN)/pytest
+	@echo "3/3 pytest"; OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 test-all: test
 	@$(BIN)/pytest -m 'slow or not slow'

@@ -7,6 +7,10 @@ __all__ = ['HEADING', 'PACKAGE', 'MANNERS', 'app', 'console', 'stage_cells', 'St
            'snakemake_command', 'command_of', 'problems_of', 'reproduce', 'plan', 'dial', 'evaluate', 'stage', 'main']
 
 # %% ../nbs/26_reproduce.ipynb #c002
+import sys
+sys.modules.setdefault('rfc3987_syntax', None)   # jsonschema's optional check of web addresses: three seconds at each start, and no notebook needs it
+
+# %% ../nbs/26_reproduce.ipynb #c003
 import ast
 import copy
 import ctypes
@@ -17,7 +21,6 @@ import platform
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -32,7 +35,7 @@ from rich.table import Table
 
 from .workspace import die_with_parents, lock, load_profile, project_root, read_json
 
-# %% ../nbs/26_reproduce.ipynb #c005
+# %% ../nbs/26_reproduce.ipynb #c006
 HEADING = 'On the whole cohort'
 
 def _is_import(source):
@@ -56,7 +59,7 @@ def stage_cells(nb,                # a notebook, as nbformat reads it
     if not found: raise ValueError(f'The notebook has no section "{wanted[3:]}", so it is no stage.')
     return kinds
 
-# %% ../nbs/26_reproduce.ipynb #c009
+# %% ../nbs/26_reproduce.ipynb #c010
 class StageEngine(NBClientEngine):
     "papermill's engine, running only the cells that a stage needs."
     @classmethod
@@ -66,7 +69,7 @@ class StageEngine(NBClientEngine):
             if cell.cell_type == 'code' and i not in keep: cell.metadata['tags'] = [*cell.metadata.get('tags', []), 'skip-execution']
         return super().execute_managed_notebook(nb_man, kernel_name, **kw)
 
-# %% ../nbs/26_reproduce.ipynb #c011
+# %% ../nbs/26_reproduce.ipynb #c012
 def run_stage(notebook: str | Path,  # a chapter with a `parameters` cell
               executed: str | Path,  # where the executed notebook goes
               params: dict,          # values of its parameters
@@ -82,7 +85,7 @@ def run_stage(notebook: str | Path,  # a chapter with a `parameters` cell
     papermill.execute_notebook(str(notebook), str(executed), params, engine_name='gemmgan', kernel_name='python3', section=section, progress_bar=False,
                                extra_arguments=['--log-level=40'])
 
-# %% ../nbs/26_reproduce.ipynb #c015
+# %% ../nbs/26_reproduce.ipynb #c016
 PACKAGE = Path(__file__).parent if '__file__' in globals() else project_root()/'gemmgan_nb'
 
 def _module(node):
@@ -112,7 +115,7 @@ def _bare(node):
 def _names(node):
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | {(m, a.name) for n in ast.walk(node) if (m := _module(n)) for a in n.names}
 
-# %% ../nbs/26_reproduce.ipynb #c016
+# %% ../nbs/26_reproduce.ipynb #c017
 MANNERS = {f'workspace.{n}' for n in ('Stage', 'beat', 'progress', 'lock', 'provenance', 'die_with_parents')}   # cannot change a result
 
 class Code:
@@ -139,7 +142,7 @@ class Code:
             todo += [n if isinstance(n, tuple) else (module, n) for n in _names(own[name])]
         return dict(sorted(found.items()))
 
-# %% ../nbs/26_reproduce.ipynb #c020
+# %% ../nbs/26_reproduce.ipynb #c021
 def stage_code(notebook: str | Path,      # a chapter
                section: str = '',         # which stage, where it has several
                also: tuple = (),          # further roots, e.g. the class of the model that is fitted: ('training.WGAN',)
@@ -156,7 +159,7 @@ def stage_code(notebook: str | Path,      # a chapter
     code.modules[name] = own | {HEADING: body}, imported
     return [f'{k}:{v}' for k, v in code.fingerprint([(name, HEADING), *(tuple(a.split('.')) for a in also)]).items()]
 
-# %% ../nbs/26_reproduce.ipynb #c025
+# %% ../nbs/26_reproduce.ipynb #c026
 app = typer.Typer(help='GeMM-GAN from slides to tables.', no_args_is_help=True, add_completion=False)
 console = Console(highlight=False)
 
@@ -168,7 +171,7 @@ def snakemake_command(profile: str,    # name or path of a profile
     return [sys.executable, '-m', 'snakemake', '--snakefile', str(project_root()/'workflow'/'Snakefile'), '--directory', str(project_root()), '--nolock',
             '--rerun-incomplete', '--keep-going', '--cores', 'all', '--config', f'profile={profile}', f'settings={json.dumps(settings)}', *flags]
 
-# %% ../nbs/26_reproduce.ipynb #c026
+# %% ../nbs/26_reproduce.ipynb #c027
 def _watch(run: Path, stop: threading.Event, every=60.):
     "Prints the heartbeats of a run once a minute."
     while not stop.wait(every):
@@ -191,7 +194,7 @@ def problems_of(run: Path  # folder of a run
     found = [pd.read_csv(p).assign(stage=p.parent.name) for p in sorted(run.rglob('problems.csv'))]
     return pd.concat([pd.DataFrame(columns=['stage', 'item', 'problem']), *[f for f in found if len(f)]])[['stage', 'item', 'problem']]
 
-# %% ../nbs/26_reproduce.ipynb #c027
+# %% ../nbs/26_reproduce.ipynb #c028
 @app.command(context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
 def reproduce(context: typer.Context,
               profile: str = typer.Option('demo', help='A name in workflow/profiles, or a yaml file.'),
@@ -220,7 +223,7 @@ def _run(run, command):
     try: return subprocess.call(command, preexec_fn=die_with_me)
     finally: stop.set()
 
-# %% ../nbs/26_reproduce.ipynb #c028
+# %% ../nbs/26_reproduce.ipynb #c029
 @app.command()
 def plan(profile: str = typer.Option('demo', help='A name in workflow/profiles, or a yaml file.'),
          set_: list[str] = typer.Option([], '--set', help='A setting of the profile, e.g. training.steps=100.')):

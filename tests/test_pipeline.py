@@ -9,11 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import anndata as ad
 import pandas as pd
 import psutil
 import pytest
 import torch
 
+from gemmgan_nb.baselines import Ridge
+from gemmgan_nb.data import Cohort
 from gemmgan_nb.reproduce import run_stage
 from gemmgan_nb.workspace import load_profile, read_json
 
@@ -81,6 +84,25 @@ def test_a_second_run_finds_nothing_to_do_and_still_tells_of_the_bad_items(proje
     assert project.stale() == set()
     code, out = project('reproduce')
     assert code == 3 and 'items were left out' in out
+
+
+def test_anybodys_profiles_are_scored_with_floor_and_ceiling(project):
+    cohort = Cohort.load(project.run/'cohort')
+    rows = Ridge.load(project.run/'fit'/'untrained'/'ridge'/'seed0').sample(cohort, 1, 0)[0].numpy()
+    mine = ad.AnnData(rows, obs=cohort.obs[[]], var=cohort.var[[]], uns=dict(unit='zscore', trained_on=list(cohort.split('train').obs.index)))
+    mine.write_h5ad(project.folder/'mine.h5ad')
+    def ask(file):
+        words = [sys.executable, '-m', 'gemmgan_nb.reproduce', 'evaluate', '--predictions', str(project.folder/file), '--cohort', str(project.run/'cohort')]
+        ran = subprocess.run(words, cwd=project.folder, env=project.env, capture_output=True, text=True, timeout=300)
+        return ran.returncode, ran.stdout + ran.stderr
+    code, out = ask('mine.h5ad')
+    assert code == 0, out
+    scores = pd.read_csv(project.folder/'mine.metrics.csv').set_index('metric')
+    assert {'precision', 'c_mse', 'correlation', 'correlation_wrong_patient'} <= set(scores.index)
+    assert scores.loc['precision', ['floor', 'ceiling']].notna().all()
+    mine[:, 1:].write_h5ad(project.folder/'fewer.h5ad')
+    code, out = ask('fewer.h5ad')
+    assert code == 2 and 'lacks 1 of' in out
 
 
 def test_prose_and_demos_rerun_nothing(project):
