@@ -52,6 +52,7 @@ _view = {'shuffled_image': "... other patients' images", 'shuffled_text': "... o
 CONDITION = {  # the condition test: key -> (heading, direction, group)
     'correlation': ('Correlation with the patient', '↑', 'Condition'),
     **{f'correlation_{k}': (v, '→ 0' if k == 'wrong_patient' else '', 'Condition') for k, v in _view.items()},
+    'correlation_attainable': ('... what counting noise leaves attainable', '', 'Condition'),
     'genes_fdr': ('Share of genes beyond chance', '↑', 'Condition'), 'r2': ('R2 over the train mean', '↑', 'Condition'),
     'crps': ('CRPS', '↓', 'Condition'), 'crps_wrong_patient': (_view['wrong_patient'], '', 'Condition'), 'energy': ('Energy score', '↓', 'Condition'),
     'spread_ratio': ('Spread ratio', '→ 1', 'Condition'), 'spread_ratio_at_depth': ('... seen at the depth of the test spots', '→ 1', 'Condition'),
