@@ -292,7 +292,7 @@ _style = 'body{font:14px system-ui,sans-serif;margin:2em}table{border-collapse:c
 
 def webpage(s: Sheet) -> str:  # a table
     "A page of its own that loads nothing; every name is escaped."
-    e = lambda x: html.escape(str(x))
+    e = lambda x: html.escape(str(x)).replace('± ', '±&nbsp;')   # a deviation stays on its line
     rows, group = [], None
     for (g, row), text, marks in zip(s.text.index, s.text.to_numpy(), s.marks.to_numpy(), strict=True):
         if g != group: rows.append(f'<tr><th class="group" colspan="{s.text.shape[1] + 1}">{e(g)}</th></tr>')
@@ -520,7 +520,7 @@ def _decide(out, scores, draws, name, paper, lines):
     for file, frame in dict(headline=top.rename_axis('metric').round(6), differences=gaps.round(6), spreads=spreads(scores).join(spans).round(6)).items():
         with atomic(out/f'{file}.csv') as p: frame.to_csv(p, index=file != 'differences')
     with atomic(out/'headline.md') as p:
-        p.write_text(f'GeMM-GAN on {name}. [low, high]: 95 % over patients (where the score is one of patients) and training seeds.\n\n'
+        p.write_text(f'GeMM-GAN on {name}. [low, high]: 95 % over test cases (where the score is one of single cases) and training seeds.\n\n'
                      + top.rename_axis('').round(4).astype(object).where(top.notna(), '-').to_markdown() + '\n\n' + '\n'.join(f'- {line}' for line in lines) + '\n')
     if paper: write_claims(out/'claims.json', judge(CLAIMS, scores, name, paper, gaps[gaps.sure]))
     return top

@@ -14,9 +14,10 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+import yaml
 
 from gemmgan_nb.baselines import Ridge
-from gemmgan_nb.data import Cohort
+from gemmgan_nb.data import TINY, Cohort, tiny_tables
 from gemmgan_nb.reproduce import run_stage
 from gemmgan_nb.workspace import load_profile, read_json
 
@@ -103,6 +104,35 @@ def test_anybodys_profiles_are_scored_with_floor_and_ceiling(project):
     mine[:, 1:].write_h5ad(project.folder/'fewer.h5ad')
     code, out = ask('fewer.h5ad')
     assert code == 2 and 'lacks 1 of' in out
+
+
+def with_profile(project, name, **changes):
+    "A profile beside the others, made from the tiny one."
+    profile = yaml.safe_load((project.folder/'workflow'/'profiles'/'tiny.yaml').read_text()) | changes
+    (project.folder/f'{name}.yaml').write_text(yaml.safe_dump(profile | dict(run=name)))
+    words = [sys.executable, '-m', 'gemmgan_nb.reproduce', 'reproduce', '--profile', str(project.folder/f'{name}.yaml')]
+    return lambda *more: subprocess.run([*words, *more], cwd=project.folder, env=project.env, capture_output=True, text=True, timeout=300)
+
+
+def test_a_cohort_of_ones_own_needs_only_a_profile(project):
+    tables = tiny_tables(project.folder/'tables')
+    run = with_profile(project, 'mine', cohort=TINY | dict(source='own', folder=str(tables)), models=['noise', 'train_mean', 'ridge'])
+    ran = run('--until', 'encode')
+    assert ran.returncode in (0, 3), ran.stdout[-3000:] + ran.stderr[-3000:]
+    cohort = Cohort.load(project.folder/'runs'/'mine'/'cohort')
+    assert cohort.patches is None and cohort.tokens.counts.min() > 0 and cohort.modalities == {'text', 'labels'}
+
+
+def test_another_dial_takes_slides_and_texts_from_its_model_run(project):
+    run = with_profile(project, 'dialled', cohort=load_profile('tiny')['cohort'] | dict(image_signal=0., features_of='tiny'))
+    ran = run('--until', 'reuse', 'prepare')
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    dialled, model = (Cohort.load(project.folder/'runs'/name/'cohort') for name in ('dialled', 'tiny'))
+    both = [c for c in dialled.obs.index if c in model.obs.index]
+    at = [list(c.obs.index).index(both[0]) for c in (dialled, model)]
+    assert (dialled.patches.mean()[at[0]] == model.patches.mean()[at[1]]).all()
+    assert not (project.folder/'runs'/'dialled'/'source'/'slides').exists()
+    assert (dialled.X[at[0], :50] != model.X[at[1], :50]).any()
 
 
 def test_prose_and_demos_rerun_nothing(project):
