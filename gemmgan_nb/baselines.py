@@ -401,9 +401,10 @@ class Real(Simple):
 def halves(cohort: Cohort,  # cases of one side
            seed: int        # of the cut
           ) -> tuple[Cohort, Cohort]:
-    "The cases in two halves, no patient in both."
-    patients = rng(seed, 'halves').permutation(np.unique(cohort.obs.group.astype(str)))
-    first = cohort.obs.group.astype(str).isin(patients[:len(patients)//2]).to_numpy()
+    "The cases in two halves, no patient in both; of a single patient the cases themselves are dealt out."
+    unit = cohort.obs.group.astype(str) if cohort.obs.group.nunique() > 1 else cohort.obs.index.to_series()
+    dealt = rng(seed, 'halves').permutation(np.unique(unit))
+    first = unit.isin(dealt[:len(dealt)//2]).to_numpy()
     return cohort[first], cohort[~first]
 
 def real_halves(cohort: Cohort,  # whole
