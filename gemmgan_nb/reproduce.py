@@ -185,8 +185,9 @@ def _watch(run: Path, stop: threading.Event, every=60.):
 def command_of(profile: str,   # a profile
                settings: dict  # dotted name -> value
               ) -> str:
-    "What to type to get a run again."
-    return ' '.join(['make reproduce', f'PROFILE={profile}', *([f"SET='{' '.join(f'{k}={v}' for k, v in settings.items())}'"] if settings else [])])
+    "What to type to get a run again; where somebody keeps the data stays out of it."
+    shown = settings | ({'cohort.folder': '<folder>'} if 'cohort.folder' in settings else {})
+    return ' '.join(['make reproduce', f'PROFILE={profile}', *([f"SET='{' '.join(f'{k}={v}' for k, v in shown.items())}'"] if shown else [])])
 
 def problems_of(run: Path  # folder of a run
                ) -> pd.DataFrame:  # columns stage, item, problem
