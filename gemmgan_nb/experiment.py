@@ -25,7 +25,7 @@ from .ablations import VARIANTS
 from .baselines import real_halves
 from .condition import attainable_correlation, by_metric, condition_test, counts_of, crps_cases, seen_under, spread_ratio, thin, views_of
 from .data import Cohort, Scaler
-from .metrics import detection_panel, panel
+from .metrics import correlation_mse, detection_panel, panel, precision_recall
 from .training import Budget, ModelSpec, Network, refuse_seen
 from .workspace import atomic, progress, read_json, torch_rng, write_json
 
@@ -206,7 +206,7 @@ class Predictions:
     def __init__(self,
                  path: str | Path,  # the AnnData file
                  cohort: Cohort):   # whole; what is scored against
-        "Raises ValueError for genes or test cases that are missing, or another unit; LeakError for a patient on both sides."
+        "Raises ValueError for genes or test cases that are missing, another unit, or a profile that is not finite."
         data, self.spec = ad.read_h5ad(path), ModelSpec(Path(path).stem, Path(path).stem, ('image', 'text'))
         for what, has, wants in (('genes', data.var_names, cohort.var.index), ('test cases', data.obs_names, cohort.split('test').obs.index)):
             if len(lacks := wants.difference(has)): raise ValueError(f'{path} lacks {len(lacks)} of the {len(wants)} {what}, {lacks[0]} among them. Add them; the cohort is {cohort.folder}.')
@@ -215,6 +215,7 @@ class Predictions:
         layers = [data.layers[k] for k in sorted(data.layers) if k.startswith('sample')] or [data.X]
         self.scaler, self.at = Scaler.fit(cohort.split('train')), {c: i for i, c in enumerate(data.obs_names)}
         arrays = np.stack([np.asarray(x.toarray() if hasattr(x, 'toarray') else x, np.float32) for x in layers])
+        if len(bad := np.flatnonzero(~np.isfinite(arrays).all((0, 2)))): raise ValueError(f'{path}: the profile of {data.obs_names[bad[0]]} is not finite ({len(bad)} such cases). Mend it and write the file again.')
         self.profiles = torch.from_numpy(arrays if unit == 'zscore' else self.scaler.transform(arrays))
         known = cohort.obs.loc[cohort.obs.index.intersection(list(data.uns.get('trained_on', [])))]
         self.about = dict(groups=sorted(known.group.astype(str)), slides=sorted(known.slide.astype(str)))
@@ -235,7 +236,8 @@ def evaluate_predictions(path: str | Path,    # the AnnData file, as `Prediction
     real, drawn = torch.from_numpy(model.scaler.transform(test.X)), model.sample(test, len(model.profiles), 0)
     other = lambda k: drawn[:, np.roll(np.arange(len(test)), k + 1)]
     scores = by_metric(condition_test(lambda view, k: drawn if view == 'true' else other(k), real, ['true', 'wrong_patient'], shuffles))
-    scores |= realism(model, cohort, 0) if model.whole else {}
+    near = precision_recall(real.numpy(), drawn[0].numpy())
+    scores |= realism(model, cohort, 0) if model.whole else {k: near[k] for k in ('precision', 'recall', 'density', 'coverage')} | dict(c_mse=correlation_mse(real.numpy(), drawn[0].numpy()))
     bounds = bounds_of(cohort, len(drawn))
     return pd.DataFrame([(model.spec.name, 0, 0, 'test', k, float(v), bounds['floor'].get(k), bounds['ceiling'].get(k)) for k, v in scores.items()],
                         columns=['model', 'seed', 'run', 'split', 'metric', 'value', 'floor', 'ceiling'])

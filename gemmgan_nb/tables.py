@@ -442,10 +442,11 @@ def reasons(cohort: Cohort,  # what the tables are about
     if cohort.uns.get('simulated'): lines.append('A simulated cohort: these numbers say nothing about TCGA and are not comparable with the paper.')
     if cohort.uns.get('within_patient'): lines.append('Within patient: training and test share patients.')
     elif cohort.uns.get('val_within_patient'): lines.append('Training and validation share patients; the test patients are new.')
-    if 'labels' not in cohort.modalities: lines.append('Utility is "-": the cohort has one disease type, so there is nothing to classify.')
+    if 'labels' not in cohort.modalities: lines.append('Utility is "-": the cohort has at most one disease type, so there is nothing to classify.')
     elif bare := [title_of(m) for m in models if spec(m) and not spec(m)['uses'] and kind_of(m) != 'ceiling']:
         lines.append(f'Utility is "-" for {", ".join(bare)}: without a condition their profiles have no label.')
     if 'train_mean' in models: lines.append('C. MSE is "-" for Train mean: a constant profile has no correlations.')
+    if 'image' not in cohort.modalities: lines.append('No slides: GeMM-GAN stands on its text alone, the Text CLS of Table 2.')
     if 'text' not in cohort.modalities: lines.append('Image only: the cohort has no text, so GeMM-GAN stands without FiLM and cross-attention.')
     floors, ceilings = ([title_of(m) for m in ordered(models) if kind_of(m) == k] for k in ('floor', 'ceiling'))
     return [*lines, f'Floors: {", ".join(floors) or "none"}. Ceilings: {", ".join(ceilings) or "none"}; real profiles are those of training patients and know nothing of the test patient.']
