@@ -308,9 +308,9 @@ class AttentionMIL(Network):
         "Makes the network and its optimiser."
         net = SlideRegressor(patch_dim, token_dim, genes, left_out, self.budget).to(self.device)
         self.parts = dict(g=net, opt_g=optimiser(net, self.budget.lr, self.budget, (.9, .999)))
-    def iteration(self, batch, stream):  # training cases, random stream (unused)
+    def iteration(self, draw, stream):  # gives a batch of training cases, random stream (unused)
         "One step on the squared error."
-        net = self.parts['g'].train(); loss = (net(batch) - batch.x).square().mean()
+        batch, net = draw(), self.parts['g'].train(); loss = (net(batch) - batch.x).square().mean()
         descend(self.parts['opt_g'], loss, self.budget.clip); return dict(loss=loss.detach())
     def draw(self, batch, b, n, stream):  # what is known, how many cases, profiles a case, random stream
         "(n, b, genes)"
@@ -374,9 +374,9 @@ class CVAE(Network):
         "Makes the network and its optimiser."
         net = Autoencoder(genes, labels, self.budget, **self.switches).to(self.device)
         self.parts = dict(g=net, opt_g=optimiser(net, self.budget.lr, self.budget, (.9, .999)))
-    def iteration(self, batch, stream):  # training cases, random stream
+    def iteration(self, draw, stream):  # gives a batch of training cases, random stream
         "One step on the bound."
-        losses = bound(self.parts['g'].train(), batch.x, batch.labels, stream)
+        batch = draw(); losses = bound(self.parts['g'].train(), batch.x, batch.labels, stream)
         descend(self.parts['opt_g'], losses['loss'], self.budget.clip)
         return {k: v.detach() for k, v in losses.items()}
     def draw(self, batch, b, n, stream):  # what is known, how many cases, profiles a case, random stream

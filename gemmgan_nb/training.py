@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['AS_CODED', 'ModelSpec', 'History', 'ExpressionModel', 'Budget', 'Batch', 'label_codes', 'Feed', 'feature_scale',
-           'hide', 'crps', 'Trainer', 'optimiser', 'set_rates', 'descend', 'train_network', 'Conditioned', 'Labels',
-           'Parts', 'Network', 'ready', 'known', 'describe', 'refuse_seen', 'save_network', 'model_card',
-           'load_network', 'readers', 'WGAN', 'wgan_iteration']
+           'hide', 'crps', 'Trainer', 'optimiser', 'set_rates', 'descend', 'leaving', 'train_network', 'Conditioned',
+           'Labels', 'Parts', 'Network', 'ready', 'known', 'describe', 'refuse_seen', 'save_network', 'model_card',
+           'load_network', 'readers', 'WGAN', 'critic_step', 'wgan_iteration']
 
 # %% ../nbs/14_training.ipynb #c002
+import contextlib
 import copy
+import signal
+import threading
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -79,6 +82,7 @@ class Budget:
     hidden: int = 256         # width of the two hidden layers (paper, Sec. 5.3)
     latent: int = 256         # dimension of the noise (paper, Sec. 6.3)
     n_critic: int = 5         # critic steps a generator step
+    critic_batches: str = 'shared'  # 'shared': one batch and patch subset serve a generator iteration (as coded); 'fresh': another for each critic step
     penalty: float = 10.      # lambda, weight of the gradient penalty
     lr: float = 5e-4          # rate of both optimisers
     lr_critic: float = 5e-4   # rate of the critic
@@ -95,6 +99,7 @@ class Budget:
     ema: float = .995         # share that the averaged generator keeps at each step; 0: no average (as coded)
     score_every: int = 100    # generator steps between two looks at the validation cases
     score_samples: int = 16   # profiles a validation case
+    patience: int = 0         # looks without a better score after which training stops; 0: never
     checkpoint_seconds: float = 30.  # between two checkpoints
     threads: int = 0          # CPU threads; 0 leaves PyTorch's choice
 
@@ -204,26 +209,34 @@ class Trainer:
         self.step, self.history, self.best, self.average = 0, History(), dict(score=float('inf')), copy.deepcopy(model.weights())
 
 # %% ../nbs/14_training.ipynb #c028
-def _one(t: Trainer):
-    set_rates(t.model, t.step/t.budget.steps)
+def _batch(t: Trainer):
     idx = torch.randperm(t.feed.size, generator=t.streams['cases'])[:t.budget.batch]
     batch = t.feed(idx.to(t.model.device), t.streams['patches'])
-    if t.budget.modality_dropout: batch = hide(batch, t.budget.modality_dropout, t.streams['patches'])
-    losses = t.model.iteration(batch, t.streams['noise'])
+    return hide(batch, t.budget.modality_dropout, t.streams['patches']) if t.budget.modality_dropout else batch
+
+def _one(t: Trainer):
+    set_rates(t.model, t.step/t.budget.steps)
+    losses = t.model.iteration(lambda: _batch(t), t.streams['noise'])
     t.step += 1
     decay = min(t.budget.ema, t.step/(t.step + 3))   # early on, the last third of the steps so far
-    for k, w in t.model.weights().items(): t.average[k].lerp_(w, 1 - decay) if w.is_floating_point() else t.average[k].copy_(w)
+    now = t.model.weights()
+    torch._foreach_lerp_([t.average[k] for k in now], list(now.values()), 1 - decay)
     return losses
 
 def _look(t: Trainer, losses):
     now = copy.deepcopy(t.model.weights())
     t.model.weights(t.average)
     row = dict(step=t.step, score=float(t.score(t.model, t.val)), **{k: float(v) for k, v in losses.items()})
-    t.model.weights(now)
-    if not np.isfinite(list(row.values())).all():
-        raise FloatingPointError(f'Training diverged: {row}. Lower training.lr (it is {t.budget.lr}) or raise training.penalty, and start again.')
+    t.model.weights(now); _refuse_nan(t, row)
     t.history.rows.append(row)
     if row['score'] < t.best['score']: t.best = dict(score=row['score'], step=t.step, weights=copy.deepcopy(t.average))
+
+def _refuse_nan(t: Trainer, numbers):
+    if not np.isfinite(list(numbers.values())).all():
+        raise FloatingPointError(f'Training diverged at step {t.step}: {numbers}. Lower training.lr (it is {t.budget.lr}) or raise training.penalty, and start again.')
+
+def _out_of_patience(t: Trainer):
+    return 0 < t.budget.patience*t.budget.score_every <= t.step - t.best.get('step', t.step)
 
 # %% ../nbs/14_training.ipynb #c030
 def optimiser(net: nn.Module,       # whose parameters
@@ -251,8 +264,9 @@ def descend(by: torch.optim.Optimizer,  # moves the weights
             clip: float = 0.            # largest norm of the gradient; 0: any
            ) -> None:
     "One step downhill."
-    by.zero_grad(set_to_none=True); loss.backward()
-    if clip: torch.nn.utils.clip_grad_norm_([p for group in by.param_groups for p in group['params']], clip)
+    weights = [w for group in by.param_groups for w in group['params']]
+    by.zero_grad(set_to_none=True); loss.backward(inputs=weights)      # the other network's get no gradient
+    if clip: torch.nn.utils.clip_grad_norm_(weights, clip)
     by.step()
 
 # %% ../nbs/14_training.ipynb #c033
@@ -273,7 +287,17 @@ def _resume(trainer):
     for k, g in trainer.streams.items(): g.set_state(state['streams'][k].cpu())
     torch.set_rng_state(state['dropout'].cpu())
 
-# %% ../nbs/14_training.ipynb #c034
+# %% ../nbs/14_training.ipynb #c035
+@contextlib.contextmanager
+def leaving():
+    "A list that is empty until this process is told to leave (SIGTERM)."
+    told = []
+    if threading.current_thread() is not threading.main_thread(): yield told; return      # only the main thread may listen
+    before = signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+    try: yield told
+    finally: signal.signal(signal.SIGTERM, before)
+
+# %% ../nbs/14_training.ipynb #c036
 def _validation_crps(model, val, n, seed):
     real = torch.from_numpy(model.scaler.transform(val.X))
     return crps(model.sample(val, n, seed), real).mean()
@@ -291,19 +315,26 @@ def train_network(model,               # has weights, state, iteration, sample, 
         torch.manual_seed(int(rng(seed, 'dropout').integers(2**62)))
         t = Trainer(model, train, val, seed, budget, work, score)
         if t.work: t.work.mkdir(parents=True, exist_ok=True); _resume(t)
-        saved = begun = time.time()
-        while t.step < budget.steps:
-            losses = _one(t)
-            beat('step', t.step, budget.steps, seed=seed, best=t.best['score'], **{k: float(v) for k, v in losses.items()})
-            if t.step % budget.score_every == 0 or t.step == budget.steps: _look(t, losses)
-            if t.work and (time.time() - saved > budget.checkpoint_seconds or t.step == budget.steps):
-                t.history.seconds += time.time() - begun; begun = saved = time.time()
-                _save_checkpoint(t)
-        t.history.seconds += time.time() - begun
+        with leaving() as told: _loop(t, told)
     model.weights(t.best['weights'])
     return t.history
 
-# %% ../nbs/14_training.ipynb #c036
+def _loop(t: Trainer, told):
+    seen = saved = begun = time.time()
+    while t.step < t.budget.steps and not _out_of_patience(t):
+        losses = _one(t)
+        if time.time() - seen > 1:      # reading a loss makes the device wait, so not at every step
+            seen, numbers = time.time(), {k: float(v) for k, v in losses.items()}
+            _refuse_nan(t, numbers); beat('step', t.step, t.budget.steps, seed=t.seed, best=t.best['score'], **numbers)
+        if t.step % t.budget.score_every == 0 or t.step == t.budget.steps: _look(t, losses)
+        last = told or t.step == t.budget.steps or _out_of_patience(t)
+        if t.work and (last or time.time() - saved > t.budget.checkpoint_seconds):
+            t.history.seconds += time.time() - begun; begun = saved = time.time()
+            _save_checkpoint(t)
+        if told: raise SystemExit(f'Told to leave at step {t.step}. {"The same command goes on from there." if t.work else "Nothing was kept."}')
+    t.history.seconds += time.time() - begun
+
+# %% ../nbs/14_training.ipynb #c038
 class Conditioned(nn.Module):
     "A fusion network before a head."
     def __init__(self,
@@ -318,7 +349,7 @@ class Conditioned(nn.Module):
         if self.labels is not None: parts.append(self.labels(batch.labels))
         return torch.cat(parts, 1) if parts else None
 
-# %% ../nbs/14_training.ipynb #c038
+# %% ../nbs/14_training.ipynb #c040
 class Labels(nn.Module):
     "A learned vector for each disease type and each primary site."
     def __init__(self,
@@ -334,7 +365,7 @@ class Labels(nn.Module):
         "Both vectors of each case, side by side."
         return torch.cat([e(labels[:, i]) for i, e in enumerate(self.embed)], 1)
 
-# %% ../nbs/14_training.ipynb #c040
+# %% ../nbs/14_training.ipynb #c042
 class Parts:
     "What a network is made of: `parts`, by name; `g` draws."
     def _build(self, sizes, seed=0):
@@ -353,7 +384,7 @@ class Parts:
         for k, v in (new or {}).items(): self.parts[k].load_state_dict(v)
         return {k: p.state_dict() for k, p in self.parts.items()}
 
-# %% ../nbs/14_training.ipynb #c041
+# %% ../nbs/14_training.ipynb #c043
 class Network(Parts):
     "A trained row: subclasses give `build`, `iteration` and `draw`."
     def __init__(self,
@@ -387,7 +418,7 @@ class Network(Parts):
         parts = [self.draw(feed(idx, stream), len(idx), n, stream).cpu() for idx in torch.arange(len(cases), device=self.device).split(chunk)]
         return torch.cat(parts, 1)
 
-# %% ../nbs/14_training.ipynb #c043
+# %% ../nbs/14_training.ipynb #c045
 def ready(model: Network,  # fresh
           train: Cohort,   # training cases
           seed: int,       # of the first weights
@@ -409,7 +440,7 @@ def known(model: Network,  # ready
     "The cases whose labels the model knows; all, when it reads none."
     return cases if model.labels is None else cases[(label_codes(cases, model.labels, unseen='code') >= 0).all(1)]
 
-# %% ../nbs/14_training.ipynb #c044
+# %% ../nbs/14_training.ipynb #c046
 def describe(train: Cohort  # training cases
             ) -> dict:
     "What a checkpoint must remember of its training data."
@@ -428,7 +459,7 @@ def refuse_seen(about: dict,             # what `describe` said at training time
         if seen := set(about[what]) & set(cases.obs[of].astype(str)) - {''}:
             raise LeakError(f'The checkpoint was trained on {len(seen)} of these {what}, {sorted(seen)[0]} among them. Score it on others.')
 
-# %% ../nbs/14_training.ipynb #c045
+# %% ../nbs/14_training.ipynb #c047
 def save_network(model: Network,  # a fitted model
                  folder: str | Path):  # its checkpoint folder
     "Writes model.safetensors, config.json and a model card."
@@ -441,7 +472,7 @@ def save_network(model: Network,  # a fitted model
     with atomic(folder/'README.md') as p: p.write_text(model_card(config))
     write_json(folder/'config.json', config)
 
-# %% ../nbs/14_training.ipynb #c046
+# %% ../nbs/14_training.ipynb #c048
 def model_card(config: dict) -> str:  # what `save_network` writes
     "A short description of a checkpoint, for people."
     about = config['about']
@@ -463,7 +494,7 @@ def load_network(kind: type,          # the class that was saved, e.g. WGAN
 
 Network.save, Network.load = save_network, classmethod(load_network)
 
-# %% ../nbs/14_training.ipynb #c048
+# %% ../nbs/14_training.ipynb #c050
 def readers(model: Network,          # its budget and switches
             patch_dim: int | None,   # width of a patch feature; None without images
             token_dim: int | None,   # width of a token feature; None without text
@@ -475,7 +506,7 @@ def readers(model: Network,          # its budget and switches
     fusion = MultimodalFusion(patch_dim, token_dim, b.dim, **options) if image or text else None
     return fusion, Labels(*labels, b.dim) if labels else None
 
-# %% ../nbs/14_training.ipynb #c049
+# %% ../nbs/14_training.ipynb #c051
 class WGAN(Network):
     "WGAN-GP over the fusion network (Sec. 4.3); `spec.uses` and `switches` choose the row of the tables."
     def build(self,
@@ -504,33 +535,46 @@ class WGAN(Network):
         self.g.eval(); cond = self.g.condition(batch)
         return torch.stack([self.g.head(self.noise(b, stream), cond) for _ in range(n)])
     def iteration(self,
-                  batch: Batch,  # training cases
-                  stream         # of noise and interpolation
-                 ) -> dict:      # losses
+                  draw,     # gives a batch of training cases, another at each call
+                  stream    # of noise and interpolation
+                 ) -> dict: # losses
         "Critic steps and one generator step."
-        return wgan_iteration(self, batch, stream)
+        return wgan_iteration(self, draw, stream)
 
-# %% ../nbs/14_training.ipynb #c050
+# %% ../nbs/14_training.ipynb #c052
+def critic_step(m: WGAN,
+                batch: Batch,           # training cases
+                cond_g: Tensor | None,  # the generator's condition of the same cases, without gradient
+                stream                  # of noise and interpolation
+               ) -> tuple[Tensor, Tensor]:  # critic distance, penalty
+    "One step of the critic: gap up, penalty down."
+    b, critic = len(batch.x), m.c.head
+    with torch.no_grad(): fake = m.g.head(m.noise(b, stream), cond_g)
+    cond = m.c.condition(batch)
+    real, fake = critic.enter(torch.cat([batch.x, fake])).split(b)
+    penalty = gradient_penalty(critic, real, fake, cond, generator=stream)
+    loss = critic_loss(critic.rise(real, cond), critic.rise(fake, cond))
+    descend(m.parts['opt_c'], loss + m.budget.penalty*penalty, m.budget.clip_critic)
+    return -loss.detach(), penalty.detach()
+
 def wgan_iteration(m: WGAN,                # both networks and their optimisers
-                   batch: Batch,           # one batch, used by all steps
+                   draw,                   # gives a batch of training cases, another at each call
                    stream: torch.Generator # of noise and interpolation
                   ) -> dict:               # critic distance, penalty, generator loss
     "`n_critic` critic steps, then one generator step."
     m.g.train(); m.c.train()
-    b, cond_g = len(batch.x), m.g.condition(batch)
     detached = lambda c: None if c is None else c.detach()
+    batch = draw(); cond_g = m.g.condition(batch)
     for _ in range(m.budget.n_critic):
-        with torch.no_grad(): fake = m.g.head(m.noise(b, stream), detached(cond_g))
-        cond = m.c.condition(batch)
-        values = m.c.head(torch.cat([batch.x, fake]), None if cond is None else torch.cat([cond, cond]))
-        penalty = gradient_penalty(m.c.head, batch.x, fake, detached(cond), generator=stream)
-        loss = critic_loss(values[:b], values[b:])
-        descend(m.parts['opt_c'], loss + m.budget.penalty*penalty, m.budget.clip_critic)
+        if m.budget.critic_batches == 'shared': distance, penalty = critic_step(m, batch, detached(cond_g), stream); continue
+        other = draw()
+        with torch.no_grad(): cond_other = m.g.condition(other)
+        distance, penalty = critic_step(m, other, cond_other, stream)
     with torch.no_grad(): cond = m.c.condition(batch)
-    adversarial = generator_loss(m.c.head(m.g.head(m.noise(b, stream), cond_g), cond))
+    adversarial = generator_loss(m.c.head(m.g.head(m.noise(len(batch.x), stream), cond_g), cond))
     descend(m.parts['opt_g'], adversarial, m.budget.clip)
-    return dict(critic=-loss.detach(), penalty=penalty.detach(), generator=adversarial.detach())
+    return dict(critic=distance, penalty=penalty, generator=adversarial.detach())
 
-# %% ../nbs/14_training.ipynb #c065
+# %% ../nbs/14_training.ipynb #c069
 AS_CODED = dict(switches=dict(raw_film=True, sequential=True),
                 budget=dict(optimizer='rmsprop', lr=5e-4, lr_critic=5e-4, halve_every=.2, clip=2., clip_critic=10., slope=0., he=False, ema=0., standardise=False))

@@ -53,7 +53,7 @@ def test_equations_3_and_4_are_bidirectional_not_sequential():
     text = fusion.tokens(t)
     image, mask = fusion.bag(fusion.film(fusion.patches(p), text[:, 0]), pm)
     cross = fusion.cross
-    expected = cross.t2i(text[:, :1], image, mask) + cross.i2t(image[:, :1], text, tm)
+    expected = cross.t2i(text[:, :1], image, mask) + cross.i2t(image[:, :1], text, tm)     # keys and values of every row
     torch.testing.assert_close(fusion(p, pm, t, tm), expected[:, 0])
     e, over_patches, over_tokens = fusion(p, pm, t, tm, return_weights=True)
     torch.testing.assert_close(e, expected[:, 0])
@@ -130,25 +130,28 @@ def test_penalty_against_finite_differences_and_its_parameter_gradients(slope):
     torch.manual_seed(1)
     critic, cond = Critic(6, 3, 8, slope=slope).double(), torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     real, fake, stream = torch.randn(4, 6).double(), torch.randn(4, 6).double(), lambda: torch.Generator().manual_seed(5)
-    value = gradient_penalty(critic, real, fake, cond, stream())
-    grads = torch.autograd.grad(value, [critic.net[0].weight, cond], allow_unused=True)
+    penalty = lambda c: gradient_penalty(c, c.enter(real), c.enter(fake), cond, stream())
+    value = penalty(critic)
+    grads = torch.autograd.grad(value, [critic.profile.weight, cond], allow_unused=True)
     assert grads[1] is None or (grads[1] == 0).all()      # the condition's path is not penalised
-    h, w = 1e-6, critic.net[0].weight
+    h, w = 1e-6, critic.profile.weight
     for i, j in ((0, 0), (3, 5), (7, 2)):
         values = []
         for sign in (1, -1):
             moved = copy.deepcopy(critic)
-            with torch.no_grad(): moved.net[0].weight[i, j] += sign*h
-            values.append(gradient_penalty(moved, real, fake, cond, stream()).item())
+            with torch.no_grad(): moved.profile.weight[i, j] += sign*h
+            values.append(penalty(moved).item())
         assert abs((values[0] - values[1])/(2*h) - grads[0][i, j].item()) < 1e-6
     assert w.grad is None                                  # measuring leaves no gradient behind
 
 
 def test_penalty_is_zero_at_slope_one_and_differs_between_streams():
     real, fake = torch.randn(8, 5), torch.randn(8, 5)
-    assert gradient_penalty(lambda x, c: x[:, 0], real, fake, None) < 1e-12
+    plane = Critic(5, cond_dim=0, hidden=1, slope=1.)
+    with torch.no_grad(): plane.profile.weight.copy_(torch.eye(1, 5)); plane.second.weight.fill_(1); plane.last.weight.fill_(1)
+    assert gradient_penalty(plane, plane.enter(real), plane.enter(fake), None) < 1e-12
     critic = Critic(5, cond_dim=0, hidden=8)
-    a, b, again = (gradient_penalty(critic, real, fake, None, torch.Generator().manual_seed(s)) for s in (0, 1, 0))
+    a, b, again = (gradient_penalty(critic, critic.enter(real), critic.enter(fake), None, torch.Generator().manual_seed(s)) for s in (0, 1, 0))
     assert a == again and a != b
 
 
