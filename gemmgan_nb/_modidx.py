@@ -104,6 +104,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'gemmgan_nb.condition.gene_correlation': ( 'condition.html#gene_correlation',
                                                                                  'gemmgan_nb/condition.py'),
                                       'gemmgan_nb.condition.genes_beyond': ('condition.html#genes_beyond', 'gemmgan_nb/condition.py'),
+                                      'gemmgan_nb.condition.muted': ('condition.html#muted', 'gemmgan_nb/condition.py'),
                                       'gemmgan_nb.condition.null_correlation': ( 'condition.html#null_correlation',
                                                                                  'gemmgan_nb/condition.py'),
                                       'gemmgan_nb.condition.r2_over_mean': ('condition.html#r2_over_mean', 'gemmgan_nb/condition.py'),

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['gene_correlation', 'benjamini_hochberg', 'null_correlation', 'genes_beyond', 'r2_over_mean', 'spread_ratio',
-           'case_scores', 'crps_cases', 'energy_score', 'retrieval', 'condition_scores', 'condition_test', 'views_of',
-           'seen_under', 'by_metric', 'thin', 'counts_of', 'attainable_correlation', 'bootstrap_weights',
+           'case_scores', 'crps_cases', 'energy_score', 'retrieval', 'condition_scores', 'condition_test', 'muted',
+           'views_of', 'seen_under', 'by_metric', 'thin', 'counts_of', 'attainable_correlation', 'bootstrap_weights',
            'bootstrap_correlation']
 
 # %% ../nbs/16_condition.ipynb #c002
+import copy
 import inspect
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pdist
 
+from .data import only_training
 from .training import crps  # noqa: F401 (part of this chapter's panel)
 from .workspace import rng, torch_rng
 
@@ -164,6 +166,21 @@ def condition_test(sample: Callable,   # (view, repeat) -> (n, cases, genes) sam
     return {view: averaged(view) for view in views}
 
 # %% ../nbs/16_condition.ipynb #c064
+def muted(cohort,         # the `Cohort` that is scored
+          modality: str,  # 'image' or 'text'
+          train           # training cases, whose mean row stands in
+         ):               # a `Cohort` of the same cases
+    "Each case with the training cases' mean row (of texts: mean first row) for its image or text. Raises LeakError for other than training cases."
+    name = dict(image='patches', text='tokens')[modality]
+    bank = getattr(only_training(train, 'The mean row'), name)
+    new, blank, n = copy.copy(cohort), copy.copy(bank), len(cohort._all)
+    mean = bank.mean().mean(0) if modality == 'image' else bank.first(torch.arange(len(bank)), 1)[0][:, 0].mean(0)
+    blank.features, blank.rows = mean[None].to(bank.features.dtype), torch.zeros(1, dtype=torch.int64)
+    blank.starts, blank.counts, blank.cases = torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.int64), list(cohort._all)
+    new._banks = cohort._banks | {name: blank}
+    return new
+
+# %% ../nbs/16_condition.ipynb #c065
 def views_of(cohort,      # a `Cohort`
              uses: tuple  # modalities of the row: image, text, labels
             ) -> list[str]:
@@ -175,22 +192,24 @@ def views_of(cohort,      # a `Cohort`
 def seen_under(cohort,           # the `Cohort` that is scored
                view: str,        # a name of `views_of`
                repeat: int = 0,  # another repeat, another exchange of patients
-               seed: int = 0     # of the evaluation
+               seed: int = 0,    # of the evaluation
+               train=None        # training cases, for a row that cannot do without; None: it can
               ):                 # a `Cohort` of the same cases
     "The cohort as it looks under a view. Raises ValueError for a view that does not exist."
     what, _, modality = view.partition('_')
     if view == 'true': return cohort
     if view == 'wrong_patient': return cohort.shuffled('patient', 1000*seed + repeat)
-    if what in ('shuffled', 'zeroed') and modality in ('image', 'text'): return cohort.shuffled(modality, 1000*seed + repeat) if what == 'shuffled' else cohort.zeroed(modality)
+    if modality in ('image', 'text') and what == 'shuffled': return cohort.shuffled(modality, 1000*seed + repeat)
+    if modality in ('image', 'text') and what == 'zeroed': return cohort.zeroed(modality) if train is None else muted(cohort, modality, train)
     raise ValueError(f'There is no view {view!r}. Choose true, shuffled_image, shuffled_text, wrong_patient, zeroed_image or zeroed_text.')
 
-# %% ../nbs/16_condition.ipynb #c065
+# %% ../nbs/16_condition.ipynb #c066
 def by_metric(found: dict  # what `condition_test` returned
              ) -> dict:    # 'correlation', 'correlation_shuffled_image', ...
     "One flat dictionary: the bare name is the true view, the others carry the view as a suffix."
     return {k if view == 'true' else f'{k}_{view}': v for view, scores in found.items() for k, v in scores.items()}
 
-# %% ../nbs/16_condition.ipynb #c070
+# %% ../nbs/16_condition.ipynb #c071
 def thin(profiles: Tensor,   # (n, cases, genes) log1p(counts per 10,000)
          depth: float,       # reads a case at which the profiles were learned: the training median
          total: Tensor,      # (cases,) reads of the cases they are compared with
@@ -202,7 +221,7 @@ def thin(profiles: Tensor,   # (n, cases, genes) log1p(counts per 10,000)
     kept = torch.binomial(counts, share.expand_as(counts), generator=generator)
     return torch.where(share < 1, (kept/(depth*share)*1e4).log1p(), profiles)
 
-# %% ../nbs/16_condition.ipynb #c074
+# %% ../nbs/16_condition.ipynb #c075
 def counts_of(X: np.ndarray,     # (cases, genes) log1p(counts per 10,000)
               total: np.ndarray  # (cases,) reads of each case, over all genes
              ) -> Tensor:        # (cases, genes) counts
@@ -224,7 +243,7 @@ def attainable_correlation(counts: Tensor,  # (cases, genes) read counts
     whole = unit(counts, total)
     return (2*r/(1 + r)*beyond_depth(whole).var(0)/whole.var(0).clamp_min(1e-30)).sqrt()
 
-# %% ../nbs/16_condition.ipynb #c079
+# %% ../nbs/16_condition.ipynb #c080
 def bootstrap_weights(cases: int,         # number of cases
                       B: int = 1000,      # resamples
                       seed: int = 0,      # the same seed gives every row the same patients, which is what makes differences paired

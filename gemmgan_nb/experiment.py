@@ -152,10 +152,9 @@ def condition_rows(model,           # a fitted row
     "Scores under the true condition, and under other patients' images, texts, and both."
     test = cohort.split('test')
     real, drawn = torch.from_numpy(model.scaler.transform(test.X)), model.sample(test, n, seed)
-    blind = getattr(getattr(model, 'budget', None), 'modality_dropout', 0) > 0       # may be asked without an image or a text
-    views = [v for v in views_of(test, model.spec.uses) if blind or not v.startswith('zeroed')]
-    twin = untrained_twin(model)
-    found = condition_test(lambda view, k: drawn if view == 'true' else model.sample(seen_under(test, view, k, seed), n, seed), real, views,
+    can_do_without = getattr(getattr(model, 'budget', None), 'modality_dropout', 0) > 0
+    twin, train = untrained_twin(model), None if can_do_without else cohort.split('train')
+    found = condition_test(lambda view, k: drawn if view == 'true' else model.sample(seen_under(test, view, k, seed, train), n, seed), real, views_of(test, model.spec.uses),
                            shuffles, None if twin is None else twin.sample(test, min(n, 16), seed).mean(0), seed)
     return by_metric(found | at_depth(model, cohort, test, drawn, real, seed)), dict(mean=drawn.mean(0), crps=crps_cases(drawn, real).float())
 
@@ -186,14 +185,17 @@ def evaluate_job(entries: list[dict],    # rows of this job
                  cohort: Cohort,         # whole
                  fits: str | Path,       # folder of the fit job
                  out: str | Path,        # where metrics.csv and cases.safetensors go
-                 **how                   # generations, samples, shuffles of `evaluate`
+                 generations: int = 10,  # generation runs of the first seed (paper: 10)
+                 more_generations: int = 0,  # generation runs of each further seed; 0: as many
+                 **how                   # samples, shuffles of `evaluate`
                 ) -> pd.DataFrame:       # model, seed, run, split, metric, value
     "Every metric of every seed of every row of a job. Raises LeakError when a checkpoint has seen a test case."
     frames, cases = [], {}
     for e in entries:
-        for folder in sorted((Path(fits)/e['spec']['name']).glob('seed*')):
+        for i, folder in enumerate(sorted((Path(fits)/e['spec']['name']).glob('seed*'))):
             model, seed = model_class(e['kind']).load(folder), read_json(folder/'done.json')['seed']
-            frame, patients = evaluate(model, cohort, seed, **how)
+            runs = more_generations if i and more_generations else generations
+            frame, patients = evaluate(model, cohort, seed, runs, **how)
             frames.append(frame); cases |= {f'{e["spec"]["name"]}/{seed}/{k}': v.contiguous() for k, v in patients.items()}
     cases['real'] = torch.from_numpy(model.scaler.transform(cohort.split('test').X))
     with atomic(Path(out)/'cases.safetensors') as p: save_file(cases, p)

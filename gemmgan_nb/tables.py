@@ -48,7 +48,7 @@ ROWS = ('mean_image', 'text_cls', 'patch_transformer', 'film', 'cross_attention'
 
 # %% ../nbs/23_tables.ipynb #c009
 _view = {'shuffled_image': "... other patients' images", 'shuffled_text': "... other patients' texts", 'wrong_patient': '... both of another patient',
-         'zeroed_image': '... no image', 'zeroed_text': '... no text'}
+         'zeroed_image': '... an image that says nothing', 'zeroed_text': '... a text that says nothing'}
 CONDITION = {  # the condition test: key -> (heading, direction, group)
     'correlation': ('Correlation with the patient', '↑', 'Condition'),
     **{f'correlation_{k}': (v, '→ 0' if k == 'wrong_patient' else '', 'Condition') for k, v in _view.items()},
