@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AS_CODED', 'ModelSpec', 'History', 'ExpressionModel', 'Budget', 'Batch', 'label_codes', 'Feed', 'feature_scale',
-           'hide', 'crps', 'Trainer', 'optimiser', 'set_rates', 'descend', 'leaving', 'train_network', 'Conditioned',
-           'Labels', 'Parts', 'Network', 'ready', 'known', 'describe', 'refuse_seen', 'save_network', 'model_card',
-           'load_network', 'readers', 'WGAN', 'critic_step', 'wgan_iteration']
+           'hide', 'crps', 'Trainer', 'optimiser', 'set_rates', 'descend', 'climb', 'step', 'leaving', 'train_network',
+           'Conditioned', 'Labels', 'Parts', 'Network', 'ready', 'known', 'describe', 'refuse_seen', 'save_network',
+           'model_card', 'load_network', 'readers', 'WGAN', 'critic_step', 'wgan_iteration']
 
 # %% ../nbs/14_training.ipynb #c002
 import contextlib
@@ -117,6 +117,10 @@ class Batch:
     def condition(self):
         "What the fusion network takes."
         return self.patches, self.patch_mask, self.tokens, self.token_mask
+    def __len__(self): return next(len(v) for v in vars(self).values() if v is not None)
+    def __getitem__(self, at: slice):  # which cases
+        "The batch of some of its cases."
+        return Batch(*(None if v is None else v[at] for v in vars(self).values()))
 
 # %% ../nbs/14_training.ipynb #c011
 def label_codes(cohort: Cohort,            # whose labels
@@ -264,9 +268,19 @@ def descend(by: torch.optim.Optimizer,  # moves the weights
             clip: float = 0.            # largest norm of the gradient; 0: any
            ) -> None:
     "One step downhill."
-    weights = [w for group in by.param_groups for w in group['params']]
-    by.zero_grad(set_to_none=True); loss.backward(inputs=weights)      # the other network's get no gradient
-    if clip: torch.nn.utils.clip_grad_norm_(weights, clip)
+    by.zero_grad(set_to_none=True); climb(by, loss); step(by, clip)
+
+def climb(by: torch.optim.Optimizer,  # whose weights
+          loss: Tensor                # scalar
+         ) -> None:
+    "Adds the gradient of a loss to what the weights hold; other networks get none."
+    loss.backward(inputs=[w for group in by.param_groups for w in group['params']])
+
+def step(by: torch.optim.Optimizer,  # moves the weights
+         clip: float = 0.            # largest norm of the gradient; 0: any
+        ) -> None:
+    "One step down the gradient that the weights hold."
+    if clip: torch.nn.utils.clip_grad_norm_([w for group in by.param_groups for w in group['params']], clip)
     by.step()
 
 # %% ../nbs/14_training.ipynb #c033
@@ -520,6 +534,19 @@ class WGAN(Network):
         self.g = Conditioned(*told(), Generator(genes, cond, b.latent, b.hidden, b.slope, b.he)).to(self.device)
         self.c = Conditioned(*told(), Critic(genes, cond, b.hidden, b.slope)).to(self.device)
         self.parts = dict(g=self.g, c=self.c, opt_g=optimiser(self.g, b.lr, b), opt_c=optimiser(self.c, b.lr_critic, b))
+    def portions(self,
+                 b: int  # cases
+                ) -> list[slice]:
+        "Which cases pass a network at a time: all on a GPU, on a CPU so many as its caches hold."
+        if self.device != 'cpu' or self.g.fusion is None: return [slice(0, b)]
+        return [slice(i, i + k) for k in [max(1, 2048//self.budget.patches)] for i in range(0, b, k)]
+    def conditions(self,
+                   net: Conditioned,  # generator or critic
+                   batch: Batch       # what is known of some cases
+                  ) -> Tensor | None: # (b, cond_dim); None where nothing is told
+        "The condition of every case of a batch."
+        parts = [net.condition(batch[at]) for at in self.portions(len(batch))]
+        return None if parts[0] is None else torch.cat(parts)
     def noise(self,
               n: int,   # rows
               stream):  # where the numbers come from
@@ -548,14 +575,19 @@ def critic_step(m: WGAN,
                 stream                  # of noise and interpolation
                ) -> tuple[Tensor, Tensor]:  # critic distance, penalty
     "One step of the critic: gap up, penalty down."
-    b, critic = len(batch.x), m.c.head
-    with torch.no_grad(): fake = m.g.head(m.noise(b, stream), cond_g)
-    cond = m.c.condition(batch)
-    real, fake = critic.enter(torch.cat([batch.x, fake])).split(b)
-    penalty = gradient_penalty(critic, real, fake, cond, generator=stream)
-    loss = critic_loss(critic.rise(real, cond), critic.rise(fake, cond))
-    descend(m.parts['opt_c'], loss + m.budget.penalty*penalty, m.budget.clip_critic)
-    return -loss.detach(), penalty.detach()
+    b, critic, z = len(batch.x), m.c.head, m.noise(len(batch.x), stream)
+    with torch.no_grad(): fakes = m.g.head(z, cond_g)
+    shares, sums = torch.rand(b, 1, generator=stream, device=z.device, dtype=fakes.dtype), []
+    m.parts['opt_c'].zero_grad(set_to_none=True)
+    for at in m.portions(b):
+        part, n = batch[at], len(shares[at])
+        cond = m.c.condition(part)
+        real, fake = critic.enter(torch.cat([part.x, fakes[at]])).split(n)
+        gap, penalty = critic_loss(critic.rise(real, cond), critic.rise(fake, cond)), gradient_penalty(critic, real, fake, cond, shares[at])
+        climb(m.parts['opt_c'], (gap + m.budget.penalty*penalty)*(n/b))
+        sums.append(torch.stack([-gap.detach(), penalty.detach()])*(n/b))
+    step(m.parts['opt_c'], m.budget.clip_critic)
+    return sum(sums)
 
 def wgan_iteration(m: WGAN,                # both networks and their optimisers
                    draw,                   # gives a batch of training cases, another at each call
@@ -563,14 +595,13 @@ def wgan_iteration(m: WGAN,                # both networks and their optimisers
                   ) -> dict:               # critic distance, penalty, generator loss
     "`n_critic` critic steps, then one generator step."
     m.g.train(); m.c.train()
-    detached = lambda c: None if c is None else c.detach()
-    batch = draw(); cond_g = m.g.condition(batch)
+    batch = draw(); cond_g = m.conditions(m.g, batch)
     for _ in range(m.budget.n_critic):
-        if m.budget.critic_batches == 'shared': distance, penalty = critic_step(m, batch, detached(cond_g), stream); continue
+        if m.budget.critic_batches == 'shared': distance, penalty = critic_step(m, batch, None if cond_g is None else cond_g.detach(), stream); continue
         other = draw()
-        with torch.no_grad(): cond_other = m.g.condition(other)
+        with torch.no_grad(): cond_other = m.conditions(m.g, other)
         distance, penalty = critic_step(m, other, cond_other, stream)
-    with torch.no_grad(): cond = m.c.condition(batch)
+    with torch.no_grad(): cond = m.conditions(m.c, batch)
     adversarial = generator_loss(m.c.head(m.g.head(m.noise(len(batch.x), stream), cond_g), cond))
     descend(m.parts['opt_g'], adversarial, m.budget.clip)
     return dict(critic=distance, penalty=penalty, generator=adversarial.detach())

@@ -107,17 +107,16 @@ def slope_direction(critic: Critic,
     with torch.no_grad():
         h1 = critic.first(entered, cond)
         h2 = critic.second(critic.act(h1))
-    steep = lambda h: (h <= 0)*(critic.act.negative_slope - 1) + 1.
+    steep = lambda h: (h <= 0).to(h.dtype)*(critic.act.negative_slope - 1) + 1
     return steep(h1)*((steep(h2)*critic.last.weight) @ critic.second.weight)
 
 def gradient_penalty(critic: Critic,
                      real: Tensor,          # (b, hidden) `critic.enter` of real profiles
                      fake: Tensor,          # (b, hidden) `critic.enter` of profiles generated for the same cases
                      cond: Tensor | None,   # (b, cond_dim); not interpolated
-                     generator: torch.Generator | None = None  # stream of the mixing shares
+                     share: Tensor          # (b, 1) of the real profile in the mixture, uniform in 0 to 1
                     ) -> Tensor:            # scalar, to be multiplied by lambda (as coded: 10)
     "Mean squared distance from 1 of the critic's slope between real and fake (Gulrajani et al. 2017, Eq. 3)."
-    share = torch.rand(len(real), 1, generator=generator, device=real.device, dtype=real.dtype)
     g, weight = slope_direction(critic, torch.lerp(fake.detach(), real.detach(), share), cond), critic.profile.weight
     squares = ((g @ weight)**2).sum(1) if len(g) <= len(weight) else ((g @ (weight @ weight.T))*g).sum(1)
     return ((squares.clamp_min(1e-12).sqrt() - 1)**2).mean()
