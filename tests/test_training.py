@@ -1,12 +1,15 @@
-"""The loop when it is told to leave."""
+"""The loop when it is told to leave, and when it is not even told."""
 import os
 import signal
+import time
+import traceback
 from dataclasses import replace
 
 import pytest
 import torch
 
 from gemmgan_nb.training import WGAN, ModelSpec, leaving, ready, train_network
+from gemmgan_nb.workspace import rng
 from test_rows import BOTH, FUSION, SMALL, sides, toy
 
 
@@ -36,3 +39,38 @@ def test_the_listening_ends():
     before = signal.getsignal(signal.SIGTERM)
     with leaving() as told: assert not told and signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def trained_in_a_child(folder, budget):
+    """A process that trains in `folder` and leaves its last checkpoint there; its id."""
+    train, val, _ = sides(toy())
+    if child := os.fork(): return child
+    try:
+        WGAN(ModelSpec('g', 'G', BOTH), budget, FUSION, work=folder).fit(train, val, 0)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+@pytest.mark.parametrize('kills', [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_ends_in_the_same_weights(tmp_path, kills):
+    budget, random, done = replace(SMALL, steps=25, score_every=5, dropout=.3, checkpoint_seconds=0., threads=1), rng(0, 'kills'), 0
+    torch.set_num_threads(1)        # a child that is forked from a process with a pool of threads would wait for them for ever
+    ended = lambda folder: torch.load(folder/'checkpoint.pt', weights_only=True)
+    assert os.waitpid(trained_in_a_child(tmp_path/'whole', budget), 0)[1] == 0
+    begun = time.monotonic(); assert os.waitpid(trained_in_a_child(tmp_path/'timed', budget), 0)[1] == 0
+    whole, span, n = ended(tmp_path/'whole'), time.monotonic() - begun, 0
+    while n < kills:
+        folder, status, done = tmp_path/f'run{done}', 9, done + 1
+        while status == 9:                       # killed: the same command again
+            child = trained_in_a_child(folder, budget)
+            time.sleep(random.uniform(0, span))
+            os.kill(child, signal.SIGKILL)
+            status = os.waitpid(child, 0)[1]; n += status == 9
+        assert status == 0
+        last = ended(folder)
+        assert last['step'] == 25 and last['best']['score'] == whole['best']['score'] and last['rows'] == whole['rows']
+        for k in ('g', 'c'): assert all(torch.equal(a, b) for a, b in zip(last['model'][k].values(), whole['model'][k].values(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(last['best']['weights'].values(), whole['best']['weights'].values(), strict=True))
+    assert n >= kills
