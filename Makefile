@@ -1,4 +1,4 @@
-# make reproduce | test | test-all | lab | readme | outputs | clean-nbs    each sets up .venv by itself
+# make reproduce | test | test-all | bench | lab | readme | outputs | clean-nbs    each sets up .venv by itself
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 PROFILE ?= demo
@@ -10,7 +10,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 RUN := $(BIN)/gemmgan reproduce --profile $(PROFILE) $(if $(HER2ST),--set 'cohort.folder=$(HER2ST)') $(if $(PRESET),--set cohort.preset=$(PRESET)) \
 	$(foreach s,$(SET),--set '$(s)') $(FLAGS)
 
-.PHONY: reproduce plan test test-all lab readme outputs clean-nbs
+.PHONY: reproduce plan test test-all bench lab readme outputs clean-nbs
 
 reproduce: $(VENV)/ready
 	@$(RUN)
@@ -25,6 +25,9 @@ test: $(VENV)/ready
 
 test-all: test
 	@$(BIN)/pytest -m 'slow or not slow'
+
+bench: $(VENV)/ready
+	@mkdir -p runs/bench && $(BIN)/papermill --log-output --no-progress-bar nbs/27_benchmarks.ipynb runs/bench/executed.ipynb -p scale paper -p out runs/bench
 
 lab: $(VENV)/ready
 	@$(BIN)/jupyter lab nbs

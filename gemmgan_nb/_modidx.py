@@ -620,6 +620,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'gemmgan_nb.training.Trainer.__init__': ('training.html#trainer.__init__', 'gemmgan_nb/training.py'),
                                      'gemmgan_nb.training.WGAN': ('training.html#wgan', 'gemmgan_nb/training.py'),
                                      'gemmgan_nb.training.WGAN.build': ('training.html#wgan.build', 'gemmgan_nb/training.py'),
+                                     'gemmgan_nb.training.WGAN.cast': ('training.html#wgan.cast', 'gemmgan_nb/training.py'),
                                      'gemmgan_nb.training.WGAN.conditions': ('training.html#wgan.conditions', 'gemmgan_nb/training.py'),
                                      'gemmgan_nb.training.WGAN.draw': ('training.html#wgan.draw', 'gemmgan_nb/training.py'),
                                      'gemmgan_nb.training.WGAN.iteration': ('training.html#wgan.iteration', 'gemmgan_nb/training.py'),

@@ -102,6 +102,7 @@ class Budget:
     patience: int = 0         # looks without a better score after which training stops; 0: never
     checkpoint_seconds: float = 30.  # between two checkpoints
     threads: int = 0          # CPU threads; 0 leaves PyTorch's choice
+    precision: str = 'auto'   # of matrix products in training: 'fp32', 'bf16', or 'auto': bf16 on a GPU that has it, fp32 elsewhere
 
 # %% ../nbs/14_training.ipynb #c010
 @dataclass
@@ -529,16 +530,21 @@ class WGAN(Network):
               genes: int,                  # length of a profile
               labels: list | None = None): # how many disease types and primary sites; None: not told
         "Makes generator, critic and their optimisers."
+        if self.budget.precision not in ('auto', 'fp32', 'bf16'): raise ValueError(f'There is no precision {self.budget.precision!r}. Choose auto, fp32 or bf16.')
         b, cond = self.budget, self.budget.dim*((patch_dim or token_dim) is not None) + self.budget.dim*(labels is not None)
         told = lambda: readers(self, patch_dim, token_dim, labels)
         self.g = Conditioned(*told(), Generator(genes, cond, b.latent, b.hidden, b.slope, b.he)).to(self.device)
         self.c = Conditioned(*told(), Critic(genes, cond, b.hidden, b.slope)).to(self.device)
         self.parts = dict(g=self.g, c=self.c, opt_g=optimiser(self.g, b.lr, b), opt_c=optimiser(self.c, b.lr_critic, b))
+    def cast(self):
+        "Where products of matrices are taken in the budget's precision; weights keep theirs, so it is left before they move."
+        kind, asked = torch.device(self.device).type, self.budget.precision
+        return torch.autocast(kind, torch.bfloat16, enabled=asked == 'bf16' or asked == 'auto' and kind == 'cuda' and torch.cuda.is_bf16_supported())
     def portions(self,
                  b: int  # cases
                 ) -> list[slice]:
         "Which cases pass a network at a time: all on a GPU, on a CPU so many as its caches hold."
-        if self.device != 'cpu' or self.g.fusion is None: return [slice(0, b)]
+        if str(self.device) != 'cpu' or self.g.fusion is None or self.g.fusion.patches is None: return [slice(0, b)]
         return [slice(i, i + k) for k in [max(1, 2048//self.budget.patches)] for i in range(0, b, k)]
     def conditions(self,
                    net: Conditioned,  # generator or critic
@@ -576,14 +582,15 @@ def critic_step(m: WGAN,
                ) -> tuple[Tensor, Tensor]:  # critic distance, penalty
     "One step of the critic: gap up, penalty down."
     b, critic, z = len(batch.x), m.c.head, m.noise(len(batch.x), stream)
-    with torch.no_grad(): fakes = m.g.head(z, cond_g)
+    with torch.no_grad(), m.cast(): fakes = m.g.head(z, cond_g)
     shares, sums = torch.rand(b, 1, generator=stream, device=z.device, dtype=fakes.dtype), []
     m.parts['opt_c'].zero_grad(set_to_none=True)
     for at in m.portions(b):
         part, n = batch[at], len(shares[at])
-        cond = m.c.condition(part)
-        real, fake = critic.enter(torch.cat([part.x, fakes[at]])).split(n)
-        gap, penalty = critic_loss(critic.rise(real, cond), critic.rise(fake, cond)), gradient_penalty(critic, real, fake, cond, shares[at])
+        with m.cast():
+            cond = m.c.condition(part)
+            real, fake = critic.enter(torch.cat([part.x, fakes[at]])).split(n)
+            gap, penalty = critic_loss(critic.rise(real, cond), critic.rise(fake, cond)), gradient_penalty(critic, real, fake, cond, shares[at])
         climb(m.parts['opt_c'], (gap + m.budget.penalty*penalty)*(n/b))
         sums.append(torch.stack([-gap.detach(), penalty.detach()])*(n/b))
     step(m.parts['opt_c'], m.budget.clip_critic)
@@ -595,14 +602,16 @@ def wgan_iteration(m: WGAN,                # both networks and their optimisers
                   ) -> dict:               # critic distance, penalty, generator loss
     "`n_critic` critic steps, then one generator step."
     m.g.train(); m.c.train()
-    batch = draw(); cond_g = m.conditions(m.g, batch)
+    batch = draw()
+    with m.cast(): cond_g = m.conditions(m.g, batch)
     for _ in range(m.budget.n_critic):
         if m.budget.critic_batches == 'shared': distance, penalty = critic_step(m, batch, None if cond_g is None else cond_g.detach(), stream); continue
         other = draw()
-        with torch.no_grad(): cond_other = m.conditions(m.g, other)
+        with torch.no_grad(), m.cast(): cond_other = m.conditions(m.g, other)
         distance, penalty = critic_step(m, other, cond_other, stream)
-    with torch.no_grad(): cond = m.conditions(m.c, batch)
-    adversarial = generator_loss(m.c.head(m.g.head(m.noise(len(batch.x), stream), cond_g), cond))
+    with m.cast():
+        with torch.no_grad(): cond = m.conditions(m.c, batch)
+        adversarial = generator_loss(m.c.head(m.g.head(m.noise(len(batch.x), stream), cond_g), cond))
     descend(m.parts['opt_g'], adversarial, m.budget.clip)
     return dict(critic=distance, penalty=penalty, generator=adversarial.detach())
 

@@ -44,7 +44,7 @@ class Generator(nn.Module):
                 cond: Tensor | None    # (b, cond_dim)
                ) -> Tensor:            # (b, genes) z-scored expression
         "A profile for each row of noise; the output is linear, for z-scores have both signs and no bounds."
-        return self.net(with_condition(z, cond))
+        return self.net(with_condition(z, cond)).to(self.net[0].weight.dtype)
 
 # %% ../nbs/13_wgan_gp.ipynb #c014
 class Critic(nn.Module):
@@ -65,7 +65,7 @@ class Critic(nn.Module):
               x: Tensor   # (b, genes) z-scored expression
              ) -> Tensor: # (b, hidden)
         "What profiles contribute to the first layer; linear but for a bias, so the value at a mixture is the mixture of the values."
-        return self.profile(x)
+        return self.profile(x).to(self.profile.weight.dtype)
     def first(self,
               entered: Tensor,     # (b, hidden) of `enter`
               cond: Tensor | None  # (b, cond_dim)
@@ -78,7 +78,7 @@ class Critic(nn.Module):
              cond: Tensor | None  # (b, cond_dim)
             ) -> Tensor:          # (b,)
         "The height of profiles that have entered."
-        return self.last(self.act(self.second(self.act(self.first(entered, cond)))))[:, 0]
+        return self.last(self.act(self.second(self.act(self.first(entered, cond)))))[:, 0].to(entered.dtype)
     def forward(self,
                 x: Tensor,             # (b, genes) z-scored expression
                 cond: Tensor | None    # (b, cond_dim)
@@ -118,7 +118,7 @@ def gradient_penalty(critic: Critic,
                     ) -> Tensor:            # scalar, to be multiplied by lambda (as coded: 10)
     "Mean squared distance from 1 of the critic's slope between real and fake (Gulrajani et al. 2017, Eq. 3)."
     g, weight = slope_direction(critic, torch.lerp(fake.detach(), real.detach(), share), cond), critic.profile.weight
-    squares = ((g @ weight)**2).sum(1) if len(g) <= len(weight) else ((g @ (weight @ weight.T))*g).sum(1)
+    squares = ((g @ weight).to(weight.dtype)**2).sum(1) if len(g) <= len(weight) else ((g @ (weight @ weight.T)).to(weight.dtype)*g).sum(1)
     return ((squares.clamp_min(1e-12).sqrt() - 1)**2).mean()
 
 # %% ../nbs/13_wgan_gp.ipynb #c036
