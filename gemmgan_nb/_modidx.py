@@ -662,6 +662,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'gemmgan_nb.training.save_network': ('training.html#save_network', 'gemmgan_nb/training.py'),
                                      'gemmgan_nb.training.set_rates': ('training.html#set_rates', 'gemmgan_nb/training.py'),
                                      'gemmgan_nb.training.step': ('training.html#step', 'gemmgan_nb/training.py'),
+                                     'gemmgan_nb.training.tensorboard': ('training.html#tensorboard', 'gemmgan_nb/training.py'),
                                      'gemmgan_nb.training.train_network': ('training.html#train_network', 'gemmgan_nb/training.py'),
                                      'gemmgan_nb.training.wgan_iteration': ('training.html#wgan_iteration', 'gemmgan_nb/training.py')},
             'gemmgan_nb.wgan_gp': { 'gemmgan_nb.wgan_gp.Critic': ('wgan_gp.html#critic', 'gemmgan_nb/wgan_gp.py'),

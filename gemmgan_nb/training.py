@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['AS_CODED', 'ModelSpec', 'History', 'ExpressionModel', 'Budget', 'Batch', 'label_codes', 'Feed', 'fits', 'moved',
-           'Ahead', 'feature_scale', 'hide', 'crps', 'Trainer', 'optimiser', 'set_rates', 'descend', 'climb', 'step',
-           'leaving', 'train_network', 'Conditioned', 'Labels', 'Parts', 'Network', 'ready', 'known', 'describe',
-           'refuse_seen', 'save_network', 'model_card', 'load_network', 'readers', 'WGAN', 'critic_step',
+           'Ahead', 'feature_scale', 'hide', 'crps', 'Trainer', 'tensorboard', 'optimiser', 'set_rates', 'descend',
+           'climb', 'step', 'leaving', 'train_network', 'Conditioned', 'Labels', 'Parts', 'Network', 'ready', 'known',
+           'describe', 'refuse_seen', 'save_network', 'model_card', 'load_network', 'readers', 'WGAN', 'critic_step',
            'wgan_iteration']
 
 # %% ../nbs/14_training.ipynb #c002
 import contextlib
 import copy
+import importlib.util
 import signal
 import threading
 import time
@@ -251,6 +252,7 @@ class Trainer:
         self.work, self.score = Path(work) if work else None, score or (lambda m, v: _validation_crps(m, v, budget.score_samples, seed))
         self.feed = Feed(only_training(train, 'Training'), model.scaler, budget.patches, model.spec.uses, model.device, model.scales, model.labels, budget.tokens, budget.resident)
         self.streams = {k: torch_rng(seed, k, device=d) for k, d in dict(noise=model.device, patches=self.feed.home, cases='cpu').items()}
+        self.board = tensorboard(self.work)
         self.ahead = Ahead(lambda: _batch(self), {k: self.streams[k] for k in ('cases', 'patches')}) if self.feed.ahead else None
         self.step, self.history, self.best, self.average = 0, History(), dict(score=float('inf')), copy.deepcopy(model.weights())
 
@@ -275,7 +277,14 @@ def _look(t: Trainer, losses):
     row = dict(step=t.step, score=float(t.score(t.model, t.val)), **{k: float(v) for k, v in losses.items()})
     t.model.weights(now); _refuse_nan(t, row)
     t.history.rows.append(row)
+    if t.board: [t.board.add_scalar(k, v, t.step) for k, v in row.items() if k != 'step']
     if row['score'] < t.best['score']: t.best = dict(score=row['score'], step=t.step, weights=copy.deepcopy(t.average))
+
+def tensorboard(work: Path | None):  # folder of the checkpoint
+    "A writer into `work/tensorboard`, where TensorBoard is installed (`pip install gemmgan_nb[tensorboard]`); else None."
+    if work is None or importlib.util.find_spec('tensorboard') is None: return None
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(work/'tensorboard')
 
 def _refuse_nan(t: Trainer, numbers):
     if not np.isfinite(list(numbers.values())).all():
@@ -374,7 +383,8 @@ def train_network(model,               # has weights, state, iteration, sample, 
         try:
             with leaving() as told: _loop(t, told)
         finally:
-            if t.ahead: t.ahead.close()
+            for part in (t.ahead, t.board):
+                if part: part.close()
     model.weights(t.best['weights'])
     return t.history
 
