@@ -20,8 +20,9 @@ from .workspace import PALETTE, figure
 class Dropout(nn.Module):
     "Silences a share of the numbers in training and raises the rest; on a CPU a coin costs a byte."
     def __init__(self,
-                 share: float = .1):  # 0 to 1; of the numbers that are silenced, on a CPU in steps of 1/256
+                 share: float = .1):  # 0 to 0.99; of the numbers that are silenced, on a CPU in steps of 1/256
         super().__init__(); self.share = share
+        if not 0 <= share <= .99: raise ValueError(f'Dropout of {share} leaves nothing to learn from. Choose 0 to 0.99.')
     @property
     def idle(self):
         "Is there nothing to do?"

@@ -87,9 +87,11 @@ class Budget:
     n_critic: int = 5         # critic steps a generator step
     critic_batches: str = 'shared'  # 'shared': one batch and patch subset serve a generator iteration (as coded); 'fresh': another for each critic step
     penalty: float = 10.      # lambda, weight of the gradient penalty
-    lr: float = 5e-4          # rate of both optimisers
+    lr: float = 5e-4          # rate of the generator, and of models without a critic
     lr_critic: float = 5e-4   # rate of the critic
     dropout: float = .1       # inside the patch transformer
+    layers: int = 2           # of the patch transformer (as coded)
+    heads: int = 4            # of every attention (as coded)
     tokens: int = 0           # M, tokens of a text that are read, CLS first; 0: all
     modality_dropout: float = 0.  # share of the cases whose image, and share whose text, is hidden in a step
     standardise: bool = True  # features by the training mean and deviation; False: as stored (as coded)
@@ -162,6 +164,7 @@ class Feed:
         self.labels = torch.from_numpy(label_codes(cohort, labels)).to(device) if labels else None
         if self.images is not None: self.n = min(patches, max(1, int(self.images.counts.max())))
     def __call__(self, idx, generator) -> Batch:  # (b,) positions; stream of the patch subsets, where the features live
+        "The batch of some cases."
         p = self._rows('image', self.images, idx, lambda bank: bank.sample(idx, self.n, generator))
         t = self._rows('text', self.texts, idx, lambda bank: bank.first(idx, min(self.m, max(1, int(bank.counts[idx].max())))))
         idx = torch.as_tensor(idx, device=self.device)
@@ -177,12 +180,14 @@ def fits(banks,   # feature banks
          device   # where they are wanted
         ) -> bool:
     "Would the features leave four tenths of the device's free memory free? On the CPU they stay mapped in any case."
-    return torch.device(device).type != 'cuda' or sum(b.features.nbytes for b in banks) < .6*torch.cuda.mem_get_info()[0]
+    if torch.device(device).type != 'cuda': return True
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return sum(b.features.nbytes for b in banks) < .6*free
 
 def moved(x: Tensor,  # any
           device      # where to
          ) -> Tensor:
-    "The tensor on a device; the copy runs beside other work."
+    "The tensor on a device, by way of memory that the device can fetch from by itself."
     return x if x.device.type == torch.device(device).type else x.pin_memory().to(device, non_blocking=True)
 
 # %% ../nbs/14_training.ipynb #c014
@@ -198,7 +203,9 @@ class Ahead:
         self.states = self.now()
         self.next = self.worker.submit(self.make)
         return present
-    def now(self): return {k: g.get_state() for k, g in self.streams.items()}
+    def now(self) -> dict:
+        "States of the streams."
+        return {k: g.get_state() for k, g in self.streams.items()}
     def before(self) -> dict:
         "States of the streams from which the next one is made."
         return self.states if self.next else self.now()
@@ -208,7 +215,7 @@ class Ahead:
 
 # %% ../nbs/14_training.ipynb #c017
 def feature_scale(bank: Bank,         # features of training cases
-                  rows: int = 20_000  # at most so many rows are looked at
+                  rows: int = 20_000  # about so many rows are looked at
                  ) -> list[Tensor]:   # mean and deviation of each channel, two (dim,)
     "Mean and deviation of the features that some cases own."
     mine = torch.cat([bank.rows[a:a + k] for a, k in zip(bank.starts.tolist(), bank.counts.tolist(), strict=True)]).unique()
@@ -223,7 +230,7 @@ def hide(batch: Batch,  # of training cases
     "The batch with some images and some texts hidden."
     for name, mask in (('patches', 'patch_mask'), ('tokens', 'token_mask')):
         if (x := getattr(batch, name)) is None: continue
-        keep = torch.rand(len(x), 1, generator=generator, device=x.device) >= share
+        keep = torch.rand(len(x), 1, generator=generator, device=generator.device).to(x.device) >= share
         batch = replace(batch, **{name: x*keep[..., None], mask: getattr(batch, mask) & keep})
     return batch
 
@@ -288,7 +295,7 @@ def tensorboard(work: Path | None):  # folder of the checkpoint
 
 def _refuse_nan(t: Trainer, numbers):
     if not np.isfinite(list(numbers.values())).all():
-        raise FloatingPointError(f'Training diverged at step {t.step}: {numbers}. Lower training.lr (it is {t.budget.lr}) or raise training.penalty, and start again.')
+        raise FloatingPointError(f'Training diverged at step {t.step}: {numbers}. Lower training.lr ({t.budget.lr}) and training.lr_critic ({t.budget.lr_critic}), or raise training.penalty ({t.budget.penalty}), and start again.')
 
 def _out_of_patience(t: Trainer):
     return 0 < t.budget.patience*t.budget.score_every <= t.step - t.best.get('step', t.step)
@@ -337,7 +344,8 @@ def step(by: torch.optim.Optimizer,  # moves the weights
 # %% ../nbs/14_training.ipynb #c036
 def _save_checkpoint(trainer):
     state = dict(step=trainer.step, seed=trainer.seed, budget=asdict(trainer.budget), model=trainer.model.state(), average=trainer.average, best=trainer.best,
-                 rows=trainer.history.rows, seconds=trainer.history.seconds, streams={k: g.get_state() for k, g in trainer.streams.items()} | (trainer.ahead.before() if trainer.ahead else {}), dropout=torch.get_rng_state())
+                 rows=trainer.history.rows, seconds=trainer.history.seconds, streams={k: g.get_state() for k, g in trainer.streams.items()} | (trainer.ahead.before() if trainer.ahead else {}), dropout=torch.get_rng_state(),
+                 dropout_gpu=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
     with atomic(trainer.work/'checkpoint.pt') as p: torch.save(state, p)
     with atomic(trainer.work/'losses.csv') as p: trainer.history.frame().to_csv(p, index=False)
 
@@ -351,6 +359,7 @@ def _resume(trainer):
     trainer.model.state(state['model'])
     for k, g in trainer.streams.items(): g.set_state(state['streams'][k].cpu())
     torch.set_rng_state(state['dropout'].cpu())
+    if torch.cuda.is_available() and state['dropout_gpu']: torch.cuda.set_rng_state_all([g.cpu() for g in state['dropout_gpu']])
 
 # %% ../nbs/14_training.ipynb #c038
 @contextlib.contextmanager
@@ -482,7 +491,7 @@ class Network(Parts):
         "`n` generated profiles for each case. Raises ValueError for a label, or the lack of a modality, that training did not show."
         if (lacks := [m for m, b in (('image', cases.patches), ('text', cases.tokens)) if m in self.scales and b is None]) and not self.budget.modality_dropout:
             raise ValueError(f'{self.spec.title} reads {" and ".join(self.scales)}; these cases have no {lacks[0]}. Run the encode stage, or train with modality_dropout above 0.')
-        feed = Feed(cases, None, self.budget.patches, self.spec.uses, self.device, self.scales, self.labels, self.budget.tokens, self.budget.resident)
+        feed = Feed(cases, None, self.budget.patches, self.spec.uses, self.device, self.scales, self.labels, self.budget.tokens, resident='no')     # each case is read once
         stream = torch_rng(seed, 'sample', device=self.device)
         choice = stream if feed.home == self.device else torch_rng(seed, 'sample', device=feed.home)
         parts = [self.draw(feed(idx, choice), len(idx), n, stream).cpu() for idx in torch.arange(len(cases), device=feed.home).split(chunk)]
@@ -572,7 +581,7 @@ def readers(model: Network,          # its budget and switches
            ) -> tuple:               # MultimodalFusion or None, Labels or None
     "What reads the condition for one of the two networks."
     b, image, text = model.budget, patch_dim is not None, token_dim is not None
-    options = dict(image=image, text=text, dropout=b.dropout, nulls=b.modality_dropout > 0) | model.switches
+    options = dict(image=image, text=text, dropout=b.dropout, layers=b.layers, heads=b.heads, nulls=b.modality_dropout > 0) | model.switches
     fusion = MultimodalFusion(patch_dim, token_dim, b.dim, **options) if image or text else None
     return fusion, Labels(*labels, b.dim) if labels else None
 
@@ -594,7 +603,7 @@ class WGAN(Network):
     def cast(self):
         "Where products of matrices are taken in the budget's precision; weights keep theirs, so it is left before they move."
         kind, asked = torch.device(self.device).type, self.budget.precision
-        return torch.autocast(kind, torch.bfloat16, enabled=asked == 'bf16' or asked == 'auto' and kind == 'cuda' and torch.cuda.is_bf16_supported())
+        return torch.autocast(kind, torch.bfloat16, enabled=asked == 'bf16' or asked == 'auto' and kind == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False))
     def portions(self,
                  b: int  # cases
                 ) -> list[slice]:
@@ -634,7 +643,7 @@ def critic_step(m: WGAN,
                 batch: Batch,           # training cases
                 cond_g: Tensor | None,  # the generator's condition of the same cases, without gradient
                 stream                  # of noise and interpolation
-               ) -> tuple[Tensor, Tensor]:  # critic distance, penalty
+               ) -> Tensor:             # (2,) critic distance, penalty
     "One step of the critic: gap up, penalty down."
     b, critic, z = len(batch.x), m.c.head, m.noise(len(batch.x), stream)
     with torch.no_grad(), m.cast(): fakes = m.g.head(z, cond_g)
@@ -643,7 +652,7 @@ def critic_step(m: WGAN,
     for at in m.portions(b):
         part, n = batch[at], len(shares[at])
         with m.cast():
-            cond = m.c.condition(part)
+            cond = m.c.condition(part)                                                             # Eq. 6
             real, fake = critic.enter(torch.cat([part.x, fakes[at]])).split(n)
             gap, penalty = critic_loss(critic.rise(real, cond), critic.rise(fake, cond)), gradient_penalty(critic, real, fake, cond, shares[at])
         climb(m.parts['opt_c'], (gap + m.budget.penalty*penalty)*(n/b))
@@ -658,7 +667,7 @@ def wgan_iteration(m: WGAN,                # both networks and their optimisers
     "`n_critic` critic steps, then one generator step."
     m.g.train(); m.c.train()
     batch = draw()
-    with m.cast(): cond_g = m.conditions(m.g, batch)
+    with m.cast(): cond_g = m.conditions(m.g, batch)                                            # Eq. 5
     for _ in range(m.budget.n_critic):
         if m.budget.critic_batches == 'shared': distance, penalty = critic_step(m, batch, None if cond_g is None else cond_g.detach(), stream); continue
         other = draw()

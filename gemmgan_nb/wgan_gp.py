@@ -99,7 +99,7 @@ def generator_loss(fake: Tensor  # (b,) heights of generated profiles
     return -fake.mean()
 
 # %% ../nbs/13_wgan_gp.ipynb #c027
-def slope_direction(critic: Critic,
+def slope_direction(critic: Critic,      # with piecewise linear activations
                     entered: Tensor,     # (b, hidden) of `critic.enter`, where to stand
                     cond: Tensor | None  # (b, cond_dim)
                    ) -> Tensor:          # (b, hidden); times the weight of `critic.profile`, the gradient (b, genes)
@@ -110,7 +110,7 @@ def slope_direction(critic: Critic,
     steep = lambda h: (h <= 0).to(h.dtype)*(critic.act.negative_slope - 1) + 1
     return steep(h1)*((steep(h2)*critic.last.weight) @ critic.second.weight)
 
-def gradient_penalty(critic: Critic,
+def gradient_penalty(critic: Critic,        # with piecewise linear activations
                      real: Tensor,          # (b, hidden) `critic.enter` of real profiles
                      fake: Tensor,          # (b, hidden) `critic.enter` of profiles generated for the same cases
                      cond: Tensor | None,   # (b, cond_dim); not interpolated
