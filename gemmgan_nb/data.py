@@ -65,7 +65,7 @@ def read_star(path: str | Path,            # GDC STAR-counts table
     table = pd.read_csv(path, sep='\t', comment='#')
     if missing := {'gene_id', 'gene_name', 'gene_type', unit} - set(table.columns):
         raise ValueError(f'{Path(path).name} has no column {", ".join(sorted(missing))}. Expected GDC STAR-counts with {", ".join(STAR_COLUMNS)}.')
-    table = table[table.gene_type == 'protein_coding']
+    table = table[(table.gene_type == 'protein_coding') & ~table.gene_id.str.endswith('_PAR_Y')]   # genes shared by X and Y stand twice, the second time with zeros
     ids = table.gene_id.str.split('.').str[0]
     return pd.DataFrame(dict(symbol=table.gene_name.to_numpy(), value=table[unit].to_numpy(float)), index=pd.Index(ids, name='ensembl'))
 
@@ -196,7 +196,8 @@ class Bank:
     def _take(self, cases, at, real):
         rows = self.rows[(self.starts[cases][:, None] + at)*real] if len(self.rows) else at*0
         x = self.features[rows].float() if len(self.features) else torch.zeros(*at.shape, self.dim)
-        return x*real[..., None], real
+        whole = x.device.type == 'cpu' and bool(real.all())      # then there is nothing to silence
+        return (x if whole else x*real[..., None]), real
     def sample(self,
                cases: Tensor,              # (b,) positions in this bank
                n: int,                     # rows a case (paper: 256)
@@ -397,7 +398,8 @@ def read_expression(source: Path,         # folder of manifest.csv
     for case, name in progress(list(zip(manifest.case_id, manifest.expression, strict=True)), 'expression'):
         try: table = read_star(source/str(name), unit)
         except (OSError, ValueError) as e: problems.add(case, f'no expression: {e}. The case is left out.'); continue
-        rows[case], symbol = table.value, table.symbol if symbol is None else symbol
+        symbol = table.symbol if symbol is None else symbol
+        rows[case] = table.value.set_axis(symbol.index) if table.index.equals(symbol.index) else table.value   # one index for all: two thousand of them are gigabytes
     if not rows: raise FileNotFoundError(f'No expression file of {source/"manifest.csv"} could be read.')
     frame = np.log2(pd.DataFrame(rows).T + 1)
     frame.attrs['symbol'] = symbol
