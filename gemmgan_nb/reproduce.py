@@ -248,6 +248,7 @@ def dial(set_: list[str] = typer.Option([], '--set', help='A setting of profile 
     out = root/'figures'/'dial'; out.mkdir(parents=True, exist_ok=True)
     pd.concat(frames).to_csv(out/'dial.csv', index=False)
     plot_dial(pd.concat(frames)).savefig(out/'dial.png')
+    (out/'README.md').write_text('Made by `make reproduce PROFILE=study` and then `gemmgan dial`.\n')
     console.print(f'Score against true signal: {out}/dial.png')
 
 @app.command()

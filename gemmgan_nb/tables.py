@@ -552,7 +552,7 @@ def plot_dial(scores: pd.DataFrame,  # image, text (the dials), model, metric, v
             for dial, other, style in (('image', 'text', '-'), ('text', 'image', ':')):
                 line = part[(part.model == m) & (part[other] == 1)].sort_values(dial)
                 ax.plot(line[dial], line.value, style, color=PALETTE[i], marker='o', ms=3, lw=1.3, label=title_of(m) if style == '-' else None)
-        ax.set(title=dict(PANEL | CONDITION).get(metric, (metric,))[0], xticks=[0, .5, 1])
+        ax.set_title('Right patient near' if metric == 'retrieval' else dict(PANEL | CONDITION).get(metric, (metric,))[0], fontsize=9); ax.set(xticks=[0, .5, 1])
     handles = dict(zip(*axs.flat[0].get_legend_handles_labels()[::-1], strict=True))
-    fig.legend(handles.values(), handles.keys(), ncols=len(handles), loc='outside lower center'); fig.supxlabel('share of the true signal that is left (solid: image, dotted: text)')
+    fig.legend(handles.values(), handles.keys(), ncols=len(handles), loc='outside upper center'); fig.supxlabel('share of the true signal that is left (solid: image, dotted: text)', fontsize=9)
     return fig
