@@ -1,16 +1,16 @@
-"""Slides and tiling on real slides, and on slides that must fail well."""
+"""Slides: real ones, made ones that hold every hard case, and those that must fail well."""
+import warnings
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import openslide
-import pandas as pd
 import pytest
+import tifffile
 from PIL import Image
-from skimage.filters import threshold_otsu
 
-from gemmgan_nb.data import read_tiles
-from gemmgan_nb.slides import Slide, SlideError
-from gemmgan_nb.tiling import plot_tiling, read_slides, tile_cohort, tile_grid, tile_images, tile_slide, tissue_fractions, tissue_mask
+from gemmgan_nb import slides
+from gemmgan_nb.slides import Direct, Slide, SlideError, read_boxes, reduced, tiny_slide
 
 REAL = Path(__file__).parents[1]/'..'/'shared'/'data'/'slides'
 HER2ST = REAL.parent/'her2st'
@@ -25,20 +25,102 @@ def test_mpp_and_where_it_comes_from(name, mpp, source):
     with Slide(REAL/name) as s: assert (s.mpp, s.mpp_source) == (mpp, source)      # boxes.tiff says 72 dpi, which no microscope has
 
 
+def white(region):
+    out = Image.new('RGB', region.size, 'white'); out.paste(region, mask=region.getchannel('A')); return np.asarray(out)
+
+
 @real
 @pytest.mark.parametrize('name', [CMU, TCGA])
-def test_native_read_is_openslides_pixels(name):
-    r = np.random.default_rng(0)
+def test_direct_pixels_are_openslides(name):
+    """All tiles of the paper's grid and others at odd corners and sizes, over the border too."""
     with Slide(REAL/name) as s, openslide.OpenSlide(REAL/name) as o:
-        for x, y in r.integers(0, [d - 256 for d in s.dimensions], (5, 2)):
-            np.testing.assert_array_equal(s.read(x, y), np.asarray(o.read_region((int(x), int(y)), 0, (256, 256)).convert('RGB')))
+        assert s.reader == 'direct'
+        w, h = s.dimensions
+        for x in range(0, w, 256):
+            for y in range(0, h, 512): np.testing.assert_array_equal(s.read(x, y), white(o.read_region((x, y), 0, (256, 256))))
+        for x, y, n, m in np.random.default_rng(0).integers([-200, -200, 1, 1], [w, h, 500, 500], (12, 4)).tolist():
+            np.testing.assert_array_equal(s.read(x, y, n, m), white(o.read_region((x, y), 0, (n, m))))
+        assert len(s.direct.tiles) <= s.direct.keep
+
+
+@real
+def test_threads_read_the_same_in_order():
+    with Slide(REAL/CMU) as s:
+        at = [(x, y) for x in range(100, 1500, 200) for y in range(0, 2000, 256)]
+        for a, b in zip(read_boxes(s, at, 256, 256, threads=4), read_boxes(s, at, 256, 256, threads=1), strict=True): np.testing.assert_array_equal(a, b)
+
+
+def aperio(path, tiles, size, compression, tile=256):
+    "An Aperio file from ready compressed tiles."
+    with tifffile.TiffWriter(path) as tif:
+        tif.write(iter(tiles), shape=(size, size, 3), dtype=np.uint8, tile=(tile, tile), photometric='rgb', compression=compression, metadata=None,
+                  description=f'Aperio Image Library v11\n{size}x{size} ({tile}x{tile})|AppMag = 40|MPP = 0.25')
+    return path
+
+
+def picture(size=512, seed=0):
+    small = np.random.default_rng(seed).integers(0, 255, (size//8, size//8, 3), np.uint8)
+    return np.asarray(Image.fromarray(small).resize((size, size)))
+
+
+def cut(pixels, tile=256): return [np.ascontiguousarray(pixels[y:y + tile, x:x + tile]) for y in range(0, len(pixels), tile) for x in range(0, len(pixels), tile)]
+
+
+@pytest.mark.parametrize('compression', [33003, 33005])
+def test_both_kinds_of_jpeg_2000(tmp_path, compression):
+    path = aperio(tmp_path/'a.svs', [imagecodecs.jpeg2k_encode(t, level=0, codecformat='j2k', mct=compression == 33005) for t in cut(picture())], 512, compression)
+    with Slide(path) as s, openslide.OpenSlide(path) as o:
+        assert s.reader == 'direct' and s.mpp == .25
+        np.testing.assert_array_equal(s.read(30, 40, 400, 300), white(o.read_region((30, 40), 0, (400, 300))))
+
+
+def test_tiles_of_zero_length_are_glass(tmp_path):
+    tiles = [imagecodecs.jpeg8_encode(t, colorspace='RGB', outcolorspace='RGB') for t in cut(picture())]
+    path = aperio(tmp_path/'a.svs', tiles, 512, 7)
+    with tifffile.TiffFile(path, mode='r+') as tif: tif.pages[0].tags['TileByteCounts'].overwrite([len(t) for t in tiles[:3]] + [0])
+    with Slide(path) as s, openslide.OpenSlide(path) as o:
+        assert s.reader == 'direct'
+        assert s.read(256, 256).min() == 255
+        np.testing.assert_array_equal(s.read(100, 100, 400, 400), white(o.read_region((100, 100), 0, (400, 400))))
+
+
+def test_a_reader_that_differs_is_not_used_and_says_so(tmp_path, monkeypatch):
+    path = tiny_slide(tmp_path/'a.tiff', (600, 600))
+    right = slides.TiledLevel.decode
+    monkeypatch.setattr(slides.TiledLevel, 'decode', lambda self, i: right(self, i) ^ 1)
+    with pytest.warns(UserWarning, match='a.tiff is read through OpenSlide: tile .* differs from OpenSlide by up to 1 grey'): s = Slide(path)
+    assert s.reader.startswith('OpenSlide (tile')
+    with openslide.OpenSlide(path) as o: np.testing.assert_array_equal(s.read(5, 5), white(o.read_region((5, 5), 0, (256, 256))))
+
+
+@real
+@pytest.mark.parametrize('name,why', [('boxes_0.dcm', 'format dicom'), ('boxes.tiff', None), ('small.svs', None)])
+def test_who_reads(name, why):
+    with warnings.catch_warnings(), Slide(REAL/name) as s:
+        warnings.simplefilter('error')
+        assert s.reader == (f'OpenSlide ({why})' if why else 'direct')
+        w, h = s.dimensions
+        with openslide.OpenSlide(REAL/name) as o: np.testing.assert_array_equal(s.read(0, 0, w, h), white(o.read_region((0, 0), 0, (w, h))))
+
+
+@real
+@pytest.mark.parametrize('bad', [b'', bytes(3000)])
+def test_a_damaged_tile_never_turns_into_tissue(tmp_path, bad):
+    "Half of a JPEG missing: the decoder alone would fill up with grey. The other tiles are read."
+    raw = bytearray((REAL/CMU).read_bytes())
+    with tifffile.TiffFile(REAL/CMU) as tif: start, n = tif.pages[0].dataoffsets[63], tif.pages[0].databytecounts[63]
+    raw[start + n//2:start + n] = (bad*9)[:n - n//2].ljust(n - n//2, b'\0')
+    (tmp_path/'a.svs').write_bytes(raw)
+    with Slide(tmp_path/'a.svs') as s, Slide(REAL/CMU) as whole:
+        np.testing.assert_array_equal(s.read(0, 0), whole.read(0, 0))
+        with pytest.raises(SlideError, match='a.svs opens, but reading at .* fails'): s.read(63 % 10*240, 63//10*240)
 
 
 @real
 def test_reading_at_an_mpp_agrees_with_shrinking_level_0():
     with Slide(REAL/TCGA, mpp=.25) as s:      # has a second level at half the size
         small = s.read(1000, 800, mpp=.5).astype(float)
-        full = np.asarray(Image.fromarray(s.read(1000, 800, size=512)).reduce(2), float)
+        full = np.asarray(Image.fromarray(s.read(1000, 800, 512)).reduce(2), float)
     assert np.abs(small - full).mean() < 6
     assert np.corrcoef(small.ravel(), full.ravel())[0, 1] > .97
 
@@ -65,7 +147,7 @@ def test_unopenable(name):
 
 @real
 def test_opens_but_cannot_be_read():
-    with Slide(REAL/'unreadable.svs') as s, pytest.raises(SlideError, match='opens, but reading at'): s.read(0, 0, size=16)
+    with Slide(REAL/'unreadable.svs') as s, pytest.raises(SlideError, match='opens, but reading at'): s.read(0, 0, 16)
 
 
 def test_missing(tmp_path):
@@ -87,50 +169,40 @@ def test_large_jpeg_opens_without_warning(recwarn):
 
 
 @real
-@pytest.mark.parametrize('name,least', [(CMU, .95), (TCGA, .98)])
-def test_low_resolution_mask_keeps_the_tiles_of_level_0(name, least):
-    "The paper's way, Otsu on level 0, against ours at 8 um/px: overlap of the kept tiles."
-    with Slide(REAL/name) as s:
-        ours = tile_grid(s, tissue_mask(s)[0])
-        w, h = s.dimensions
-        gray = np.asarray(s.handle.read_region((0, 0), 0, (w, h)).convert('L'))
-        share = tissue_fractions(gray < threshold_otsu(gray), np.arange(0, w, 256), np.arange(0, h, 256), (256, 256))
-    paper = {(256*i, 256*j) for i, j in np.argwhere(share > .2)}
-    kept = set(zip(ours.x, ours.y, strict=True))
-    assert len(kept & paper)/len(kept | paper) >= least
-
-
-@real
-def test_bad_slides_do_not_stop_the_cohort(tmp_path):
-    names = [CMU, TCGA, 'unreadable.svs', 'unopenable.tiff', 'broken.svs', 'nosuch.svs']
-    pd.DataFrame(dict(slide=[Path(n).stem for n in names], path=[str((REAL/n).resolve()) for n in names])).to_csv(tmp_path/'slides.csv', index=False)
-    summary = tile_cohort(read_slides(tmp_path/'slides.csv'), tmp_path/'tiles').set_index('slide')
-    assert summary.n_tiles[Path(CMU).stem] == 47 and summary.n_tiles[Path(TCGA).stem] == 168
-    assert (summary.status == 'ok').sum() == 2
-    problems = pd.read_csv(tmp_path/'tiles'/'problems.csv')
-    assert sorted(problems.item) == ['broken', 'nosuch', 'unopenable', 'unreadable']
-    assert sorted(p.name for p in (tmp_path/'tiles').iterdir()) == sorted([f'{Path(CMU).stem}.h5', f'{Path(TCGA).stem}.h5', 'problems.csv', 'tiles.csv'])
-
-
-@real
-def test_tile_file_has_the_names_other_tools_use(tmp_path):
-    tile_slide(REAL/CMU, tmp_path/'a.h5', mpp=.998)
-    coords, attrs = read_tiles(tmp_path/'a.h5')
-    assert coords.dtype == np.int64
-    for key in 'patch_size patch_size_level0 level0_magnification target_magnification overlap name level0_width level0_height mpp mpp_source tissue_method threshold min_tissue'.split():
-        assert key in attrs, key
-    assert (attrs['patch_size'], attrs['patch_size_level0']) == (256, 512)
-    with Slide(REAL/CMU) as s: assert len(list(tile_images(s, coords, attrs))) == len(coords)
-
-
-@real
-def test_zero_tiles_is_a_clear_error(tmp_path):
-    with pytest.raises(SlideError, match='no tile with more than 100% tissue'): tile_slide(REAL/CMU, tmp_path/'a.h5', min_tissue=1.)
-    assert not (tmp_path/'a.h5').exists()
-
-
-@real
 @pytest.mark.parametrize('name', [CMU, TCGA])
-def test_figure_2(name, tmp_path):
-    with Slide(REAL/name) as s: plot_tiling(s).savefig(tmp_path/'f.png')
-    assert (tmp_path/'f.png').stat().st_size > 20_000
+def test_a_download_that_broke_off_says_so(name, tmp_path):
+    raw = (REAL/name).read_bytes()
+    (tmp_path/'part.svs').write_bytes(raw[:len(raw)*2//3])
+    with pytest.raises(SlideError, match=r'part.svs is cut short: .* ends at [\d,]+. The download is incomplete') as e: Slide(tmp_path/'part.svs')
+    assert '\n' not in str(e.value)
+
+
+def test_cut_after_the_directories(tmp_path):
+    raw = tiny_slide(tmp_path/'a.tiff', (700, 700)).read_bytes()
+    for share in (.3, .95, .999):
+        (tmp_path/'part.tiff').write_bytes(raw[:int(len(raw)*share)])
+        with pytest.raises(SlideError, match='part.tiff is cut short'): Slide(tmp_path/'part.tiff')
+    (tmp_path/'part.tiff').write_bytes(b'')
+    with pytest.raises(SlideError, match='part.tiff is empty'): Slide(tmp_path/'part.tiff')
+
+
+def test_policies(tmp_path):
+    path = tiny_slide(tmp_path/'a.tiff', (600, 600), mpp=None)
+    for policy, mpp, source, scale in [('native', None, None, 1.), ('assume=0.25', .25, 'assumed', 2.)]:
+        with Slide(path, policy=policy) as s: assert (s.mpp, s.mpp_source, s.scale(.5)) == (mpp, source, scale)
+    with Slide(path, .4, 'assume=0.25', 'wsi,mpp table') as s: assert (s.mpp, s.mpp_source) == (.4, 'wsi,mpp table')
+    with pytest.raises(ValueError, match='no mpp policy'): Slide(path, policy='20x')
+
+
+def test_every_level_reads_as_openslide(tmp_path):
+    path = tiny_slide(tmp_path/'a.tiff', (1024, 768))
+    with Slide(path) as s, Slide(path, direct=False) as o:
+        for shrink in (1, 2, 3, 4, 8, 20): np.testing.assert_array_equal(reduced(s, shrink), reduced(o, shrink))
+        assert set(s.direct.checked.values()) == {''} and len(s.direct.checked) > 2
+
+
+def test_the_store_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(Direct, 'KEEP', 4*3*256*256)
+    with Slide(tiny_slide(tmp_path/'a.tiff', (1600, 1024))) as s:
+        for _ in read_boxes(s, [(x, y) for x in range(0, 1400, 200) for y in range(0, 800, 200)], 256, 256, threads=3): pass
+        assert len(s.direct.tiles) <= 4
