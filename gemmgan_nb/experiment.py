@@ -185,8 +185,7 @@ def evaluate_job(entries: list[dict],    # rows of this job
                  cohort: Cohort,         # whole
                  fits: str | Path,       # folder of the fit job
                  out: str | Path,        # where metrics.csv and cases.safetensors go
-                 generations: int = 10,  # generation runs of the first seed (paper: 10)
-                 more_generations: int = 0,  # generation runs of each further seed; 0: as many
+                 generations: int | list = 10,  # generation runs (paper: 10); a list of two: of the first seed, and of each further one
                  **how                   # samples, shuffles of `evaluate`
                 ) -> pd.DataFrame:       # model, seed, run, split, metric, value
     "Every metric of every seed of every row of a job. Raises LeakError when a checkpoint has seen a test case."
@@ -194,7 +193,7 @@ def evaluate_job(entries: list[dict],    # rows of this job
     for e in entries:
         for i, folder in enumerate(sorted((Path(fits)/e['spec']['name']).glob('seed*'))):
             model, seed = model_class(e['kind']).load(folder), read_json(folder/'done.json')['seed']
-            runs = more_generations if i and more_generations else generations
+            runs = generations if isinstance(generations, int) else generations[min(i, 1)]
             frame, patients = evaluate(model, cohort, seed, runs, **how)
             frames.append(frame); cases |= {f'{e["spec"]["name"]}/{seed}/{k}': v.contiguous() for k, v in patients.items()}
     cases['real'] = torch.from_numpy(model.scaler.transform(cohort.split('test').X))
