@@ -126,9 +126,10 @@ def fixed(scores: pd.DataFrame, model: str) -> bool:  # the tidy frame, key of a
 def plausible(scores: pd.DataFrame,      # model, seed, run, metric, value
               patients: dict | None = None,  # of `read_patients`
               B: int = 500,              # how many
-              groups=None                # (cases,) patient of each case
-             ) -> dict:                  # (metric, model) -> (B,) means that patients and seeds allow
-    "Observed means with the scatter of patients (paired over rows) and of training seeds (independent)."
+              groups=None,               # (cases,) patient of each case
+              shuffles: int = 5          # exchanges of patients that an exchanged view is the mean of
+             ) -> dict:                  # (metric, model) -> (B,) means that patients, seeds and exchanges allow
+    "Observed means with the scatter of patients (paired over rows), of training seeds and of exchanges (independent)."
     moved, out = resampled(patients or {}, B, groups), {}
     grid = (np.arange(B) + .5)/B
     for (metric, model), part in scores.dropna(subset='value').groupby(['metric', 'model'], sort=False):
@@ -136,6 +137,8 @@ def plausible(scores: pd.DataFrame,      # model, seed, run, metric, value
         draws = np.full(B, x.mean()) + np.mean([moved.get((metric, model, s), np.zeros(B)) for s in x.index], 0)
         if len(x) == 1: x = part.value                                                     # one training: what its generation runs say
         if len(x) > 1: draws = draws + rng(0, 'seeds', metric, model).permutation(stats.t.ppf(grid, len(x) - 1))*x.std()/len(x)**.5
+        exchanged = scores[(scores.metric == metric.replace('correlation_', 'correlation_sd_')) & (scores.model == model)].value.mean() if metric.startswith('correlation_') else np.nan
+        if np.isfinite(exchanged) and '_sd_' not in metric: draws = draws + rng(0, 'exchanges', metric, model).permutation(stats.norm.ppf(grid))*exchanged/shuffles**.5
         out[metric, model] = draws
     return out
 
@@ -500,13 +503,14 @@ def write_tables(out: str | Path,         # folder of the tables
                  cohort: Cohort,          # what they are about
                  patients: dict | None = None,  # of `read_patients`; None or empty: no intervals over patients
                  paper: dict | None = None,     # of `load_paper_values`; None: no columns of the paper and no claims.json
-                 resamples: int = 500     # of the patients
+                 resamples: int = 500,    # of the patients
+                 shuffles: int = 5        # exchanges of patients that an exchanged view is the mean of
                 ) -> dict:                # sheets, headline, lines
     "table1, table2, condition, headline, verdicts, claims, differences and all spreads. Patients with several cases are drawn whole where there are at least ten."
     out, name, test = Path(out), cohort_name(cohort), cohort.split('test')
     whole = test.obs.group.nunique() >= 10
     resampling = ('test patients' if whole else f'single test cases (of {test.obs.group.nunique()} patients, too few to draw: it says nothing of other patients)') if patients else ''
-    draws = plausible(scores, patients, resamples, test.obs.group.to_numpy(str) if whole else None)
+    draws = plausible(scores, patients, resamples, test.obs.group.to_numpy(str) if whole else None, shuffles)
     lines = verdict_lines(scores, draws)
     notes = [*[line for line in lines if ' beats ' in line], *reasons(cohort, list(dict.fromkeys(scores.model))), *legend(scores, name, resampling, bool(paper))]
     sheets = {k: sheet(scores, draws, k, paper, {k.split('/')[0] for k in patients or ()}, [n for n in notes if k != 'condition' or not n.startswith('Columns "')]) for k in (1, 2, 'condition')}

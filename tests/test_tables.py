@@ -68,6 +68,13 @@ def test_interval_over_seeds_is_students():
     assert interval(plausible(scores, B=2000)['precision', 'gemmgan']) == pytest.approx(stats.t.interval(.95, 4, x.mean(), stats.sem(x)), rel=.02)
 
 
+def test_exchanges_of_patients_scatter_too():
+    quiet = tidy([('gemmgan', s, 0, 'correlation_wrong_patient', -.003 + .0001*s) for s in range(3)])
+    noisy = pd.concat([quiet, tidy([('gemmgan', s, 0, 'correlation_sd_wrong_patient', .02) for s in range(3)])])
+    low, high = interval(plausible(noisy, shuffles=4)['correlation_wrong_patient', 'gemmgan'])
+    assert interval(plausible(quiet)['correlation_wrong_patient', 'gemmgan'])[1] < 0 and high - low == pytest.approx(2*1.96*.01, rel=.05)
+
+
 def test_only_a_significant_best_is_marked():
     far, near = spread_toy(gemmgan=.9, vanilla=.3, noise=.99), spread_toy(gemmgan=.42, vanilla=.40, noise=.99)
     assert [best('precision', ['gemmgan', 'vanilla', 'noise'], plausible(s)) for s in (far, near)] == ['gemmgan', None]
