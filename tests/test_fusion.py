@@ -129,8 +129,8 @@ def test_paper_sizes():
 def test_penalty_against_finite_differences_and_its_parameter_gradients(slope):
     torch.manual_seed(1)
     critic, cond = Critic(6, 3, 8, slope=slope).double(), torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    real, fake, stream = torch.randn(4, 6).double(), torch.randn(4, 6).double(), lambda: torch.Generator().manual_seed(5)
-    penalty = lambda c: gradient_penalty(c, c.enter(real), c.enter(fake), cond, stream())
+    real, fake, share = torch.randn(4, 6).double(), torch.randn(4, 6).double(), torch.rand(4, 1).double()
+    penalty = lambda c: gradient_penalty(c, c.enter(real), c.enter(fake), cond, share)
     value = penalty(critic)
     grads = torch.autograd.grad(value, [critic.profile.weight, cond], allow_unused=True)
     assert grads[1] is None or (grads[1] == 0).all()      # the condition's path is not penalised
@@ -145,13 +145,13 @@ def test_penalty_against_finite_differences_and_its_parameter_gradients(slope):
     assert w.grad is None                                  # measuring leaves no gradient behind
 
 
-def test_penalty_is_zero_at_slope_one_and_differs_between_streams():
+def test_penalty_is_zero_at_slope_one_and_differs_between_points():
     real, fake = torch.randn(8, 5), torch.randn(8, 5)
     plane = Critic(5, cond_dim=0, hidden=1, slope=1.)
     with torch.no_grad(): plane.profile.weight.copy_(torch.eye(1, 5)); plane.second.weight.fill_(1); plane.last.weight.fill_(1)
-    assert gradient_penalty(plane, plane.enter(real), plane.enter(fake), None) < 1e-12
+    assert gradient_penalty(plane, plane.enter(real), plane.enter(fake), None, torch.rand(8, 1)) < 1e-12
     critic = Critic(5, cond_dim=0, hidden=8)
-    a, b, again = (gradient_penalty(critic, critic.enter(real), critic.enter(fake), None, torch.Generator().manual_seed(s)) for s in (0, 1, 0))
+    a, b, again = (gradient_penalty(critic, critic.enter(real), critic.enter(fake), None, torch.rand(8, 1, generator=torch.Generator().manual_seed(s))) for s in (0, 1, 0))
     assert a == again and a != b
 
 
