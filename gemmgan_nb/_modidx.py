@@ -732,6 +732,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'gemmgan_nb.training.Batch.__len__': ('training.html#batch.__len__', 'gemmgan_nb/training.py'),
                                      'gemmgan_nb.training.Batch.condition': ('training.html#batch.condition', 'gemmgan_nb/training.py'),
                                      'gemmgan_nb.training.Budget': ('training.html#budget', 'gemmgan_nb/training.py'),
+                                     'gemmgan_nb.training.Budget.__post_init__': ( 'training.html#budget.__post_init__',
+                                                                                   'gemmgan_nb/training.py'),
                                      'gemmgan_nb.training.Conditioned': ('training.html#conditioned', 'gemmgan_nb/training.py'),
                                      'gemmgan_nb.training.Conditioned.__init__': ( 'training.html#conditioned.__init__',
                                                                                    'gemmgan_nb/training.py'),

@@ -96,13 +96,13 @@ def attention_weights(attention: Attention,        # whose weights
     return softmax(q @ k.transpose(-2, -1)/q.shape[-1]**.5, None if mask is None else mask[:, None, None])
 
 # %% ../nbs/12_cross_attention.ipynb #c019
-def question(attention: Attention,        # whose weights to use
-        x: Tensor,                   # (b, dim) the row that asks
-        y: Tensor,                   # (b, k, any) rows that answer
-        mask: Tensor | None = None,  # (b, k) True = real; None: all are
-        lens: nn.Linear | None = None,  # through which the rows are seen; None: `y` has `dim` channels itself
-        null: tuple | None = None    # (b, 1) bool and (dim,): whose bag is missing, and what stands for it behind the lens
-       ) -> tuple[Tensor, Tensor]:   # (b, dim) the answer, and the weights (b, heads, k)
+def question(attention: Attention,           # whose weights to use
+             x: Tensor,                      # (b, dim) the row that asks
+             y: Tensor,                      # (b, k, any) rows that answer
+             mask: Tensor | None = None,     # (b, k) True = real; None: all are
+             lens: nn.Linear | None = None,  # through which the rows are seen; None: `y` has `dim` channels itself
+             null: tuple | None = None       # (b, 1) bool and (dim,): whose bag is missing, and what stands for it behind the lens
+            ) -> tuple[Tensor, Tensor]:      # (b, dim) the answer, and the weights (b, heads, k)
     "What `attention` gives for one row that asks, without keys and values for each that answers."
     heads, (wq, wk, wv), (bq, _, bv) = attention.heads, attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)
     q = F.linear(x, wq, bq).unflatten(-1, (heads, -1))

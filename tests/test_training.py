@@ -53,7 +53,7 @@ def trained_in_a_child(folder, budget):
         os._exit(1)
 
 
-@pytest.mark.parametrize('kills,resident', [(10, 'no'), pytest.param(100, 'auto', marks=pytest.mark.slow)])      # batches made ahead, and not
+@pytest.mark.parametrize('kills,resident', [(10, 'disk'), pytest.param(100, 'auto', marks=pytest.mark.slow)])      # batches made ahead, and not
 def test_killed_at_any_moment_it_ends_in_the_same_weights(tmp_path, kills, resident):
     budget, random, done = replace(SMALL, steps=25, score_every=5, dropout=.3, checkpoint_seconds=0., threads=1, resident=resident), rng(0, 'kills'), 0
     torch.set_num_threads(1)        # a child that is forked from a process with a pool of threads would wait for them for ever
