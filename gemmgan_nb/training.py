@@ -6,8 +6,8 @@
 __all__ = ['CHOICES', 'AS_CODED', 'ModelSpec', 'History', 'ExpressionModel', 'Budget', 'Batch', 'label_codes', 'Feed', 'fits',
            'moved', 'Ahead', 'feature_scale', 'hide', 'crps', 'Trainer', 'tensorboard', 'optimiser', 'set_rates',
            'descend', 'climb', 'step', 'leaving', 'train_network', 'Conditioned', 'Labels', 'Parts', 'Network', 'ready',
-           'known', 'describe', 'refuse_seen', 'save_network', 'model_card', 'load_network', 'readers', 'WGAN',
-           'critic_step', 'wgan_iteration']
+           'known', 'describe', 'refuse_seen', 'save_network', 'model_card', 'load_network', 'compiled', 'readers',
+           'WGAN', 'critic_step', 'wgan_iteration']
 
 # %% ../nbs/14_training.ipynb #c002
 import contextlib
@@ -109,11 +109,12 @@ class Budget:
     threads: int = 0          # CPU threads; 0 leaves PyTorch's choice
     resident: str = 'auto'    # where features live: 'device', 'disk' (mapped, fetched a batch ahead), or 'auto': on the device where they fit
     precision: str = 'auto'   # of matrix products in training: 'fp32', 'bf16', or 'auto': bf16 on a GPU that has it, fp32 elsewhere
+    compile: str = 'auto'     # the fusion networks by torch.compile: 'on', 'off', or 'auto': on a GPU
     def __post_init__(self):
         for what, known in CHOICES.items():
             if (asked := getattr(self, what)) not in known: raise ValueError(f'There is no {what} {asked!r}. Choose one of: {", ".join(known)}.')
 
-CHOICES = dict(optimizer=('adam', 'rmsprop'), critic_batches=('shared', 'fresh'), resident=('auto', 'device', 'disk'), precision=('auto', 'fp32', 'bf16'))
+CHOICES = dict(optimizer=('adam', 'rmsprop'), critic_batches=('shared', 'fresh'), resident=('auto', 'device', 'disk'), precision=('auto', 'fp32', 'bf16'), compile=('auto', 'on', 'off'))
 
 # %% ../nbs/14_training.ipynb #c010
 @dataclass
@@ -578,6 +579,17 @@ def load_network(kind: type,          # the class that was saved, e.g. WGAN
 Network.save, Network.load = save_network, classmethod(load_network)
 
 # %% ../nbs/14_training.ipynb #c053
+def compiled(net: nn.Module, # a fusion network
+             asked: str,     # 'on', 'off' or 'auto', as in `Budget`
+             device          # where it runs
+            ) -> nn.Module:  # the same network; its weights keep their names
+    "Compiles a network at its first use, where that is asked for; what the compiler refuses runs as it is, and says so."
+    if asked == 'on' or asked == 'auto' and torch.device(device).type == 'cuda':
+        torch._dynamo.config.suppress_errors = True
+        net.compile()
+    return net
+
+# %% ../nbs/14_training.ipynb #c054
 def readers(model: Network,          # its budget and switches
             patch_dim: int | None,   # width of a patch feature; None without images
             token_dim: int | None,   # width of a token feature; None without text
@@ -586,10 +598,10 @@ def readers(model: Network,          # its budget and switches
     "What reads the condition for one of the two networks."
     b, image, text = model.budget, patch_dim is not None, token_dim is not None
     options = dict(image=image, text=text, dropout=b.dropout, layers=b.layers, heads=b.heads, nulls=b.modality_dropout > 0) | model.switches
-    fusion = MultimodalFusion(patch_dim, token_dim, b.dim, **options) if image or text else None
+    fusion = compiled(MultimodalFusion(patch_dim, token_dim, b.dim, **options), b.compile, model.device) if image or text else None
     return fusion, Labels(*labels, b.dim) if labels else None
 
-# %% ../nbs/14_training.ipynb #c054
+# %% ../nbs/14_training.ipynb #c055
 class WGAN(Network):
     "WGAN-GP over the fusion network (Sec. 4.3); `spec.uses` and `switches` choose the row of the tables."
     def build(self,
@@ -641,7 +653,7 @@ class WGAN(Network):
         "Critic steps and one generator step."
         return wgan_iteration(self, draw, stream)
 
-# %% ../nbs/14_training.ipynb #c055
+# %% ../nbs/14_training.ipynb #c056
 def critic_step(m: WGAN,
                 batch: Batch,           # training cases
                 cond_g: Tensor | None,  # the generator's condition of the same cases, without gradient
@@ -682,6 +694,6 @@ def wgan_iteration(m: WGAN,                # both networks and their optimisers
     descend(m.parts['opt_g'], adversarial, m.budget.clip)
     return dict(critic=distance, penalty=penalty, generator=adversarial.detach())
 
-# %% ../nbs/14_training.ipynb #c073
+# %% ../nbs/14_training.ipynb #c074
 AS_CODED = dict(switches=dict(raw_film=True, sequential=True),
                 budget=dict(optimizer='rmsprop', lr=5e-4, lr_critic=5e-4, halve_every=.2, clip=2., clip_critic=10., slope=0., he=False, ema=0., standardise=False))

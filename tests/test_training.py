@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gemmgan_nb.training import WGAN, ModelSpec, leaving, ready, train_network
+from gemmgan_nb.training import WGAN, Batch, Budget, ModelSpec, leaving, ready, train_network
 from gemmgan_nb.workspace import rng
 from test_rows import BOTH, FUSION, SMALL, sides, toy
 
@@ -74,3 +74,20 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(tmp_path, kills, resid
         for k in ('g', 'c'): assert all(torch.equal(a, b) for a, b in zip(last['model'][k].values(), whole['model'][k].values(), strict=True))
         assert all(torch.equal(a, b) for a, b in zip(last['best']['weights'].values(), whole['best']['weights'].values(), strict=True))
     assert n >= kills
+
+
+def iterations(compile, steps=3):
+    "Losses of a tiny GeMM-GAN whose fusion networks are compiled, or not."
+    model = WGAN(ModelSpec('gemmgan', 'GeMM-GAN', ('image', 'text')), Budget(batch=8, dim=16, hidden=16, latent=8, dropout=0., compile=compile), device='cpu')
+    model.about = dict(labels=None); model._build(dict(patch_dim=20, token_dim=10, genes=50))
+    g = torch.Generator().manual_seed(0)
+    bag = lambda n, width: (torch.randn(8, n, width, generator=g), torch.arange(n) < torch.randint(n//2, n + 1, (8, 1), generator=g))
+    batch, stream = Batch(torch.randn(8, 50, generator=g), *bag(12, 20), *bag(9, 10)), torch.Generator().manual_seed(1)
+    return [float(v) for _ in range(steps) for v in model.iteration(lambda: batch, stream).values()], list(model.g.state_dict())
+
+
+@pytest.mark.slow
+def test_a_compiled_network_computes_the_same_and_keeps_its_names():
+    (plain, names), (compiled, same) = iterations('off'), iterations('on')
+    assert compiled == pytest.approx(plain, rel=1e-4) and names == same
+    assert not torch._dynamo.utils.counters['graph_break']
