@@ -9,7 +9,8 @@ __all__ = ['PRECISION', 'INSTEAD', 'IMAGENET', 'UNI', 'UNI2', 'ENCODERS', 'Encod
            'load_image_encoder', 'load_text_encoder', 'access', 'FeatureFile', 'read_features', 'stamp', 'is_current',
            'widths', 'read_ahead', 'write_features', 'encode_slide', 'Pace', 'on_device', 'replicas', 'unless_device',
            'tile_file', 'encode_slides', 'bags_of', 'read_slides', 'read_summaries', 'pack_images', 'off_scale',
-           'encode_images', 'import_features', 'encode_texts', 'tiny_encoding']
+           'encode_images', 'ready_files', 'made_by', 'import_features', 'encode_texts', 'import_tokens',
+           'tiny_encoding', 'Rehearsal', 'rehearsal_room', 'rehearsed_expression', 'rehearse', 'is_rehearsed']
 
 # %% ../nbs/10_encoders.ipynb #c002
 import copy
@@ -19,6 +20,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import threading
 import time
 import warnings
@@ -40,7 +42,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .data import Cohort, pack, read_tiles
 from .slides import Slide, read_box
 from .summaries import ModelError, hub_advice
-from .workspace import Problems, atomic, beat, read_json
+from .workspace import Problems, atomic, beat, progress, read_json, rng
 
 # %% ../nbs/10_encoders.ipynb #c005
 class EncoderError(ModelError):
@@ -359,13 +361,16 @@ def access(name: str,       # a name in ENCODERS, or a repository on the hub
 
 # %% ../nbs/10_encoders.ipynb #c059
 class FeatureFile:
-    "The features of one slide on disk; read when sliced."
-    def __init__(self, path: str | Path):  # .h5 file, ours, TRIDENT's or CLAM's
+    "The features of one slide on disk; read when sliced. Raises KeyError, saying what the file holds, when it has none."
+    def __init__(self, path: str | Path):  # .h5 file, ours, TRIDENT's, CLAM's, or with `feats` as STAMP's
         self.path = Path(path)
-        with h5py.File(path) as f: self.shape, self.attrs = tuple(f['features'].shape[-2:]), dict(f['features'].attrs)
+        with h5py.File(path) as f:
+            self.key = next((k for k in ('features', 'feats') if k in f), None)
+            if self.key is None or f[self.key].ndim not in (2, 3): raise KeyError(f'{self.path.name} has no dataset features of rows and columns; it holds {", ".join(f) or "nothing"}.')
+            self.shape, self.attrs = tuple(f[self.key].shape[-2:]), dict(f[self.key].attrs)
     def __len__(self): return self.shape[0]
     def __getitem__(self, rows):
-        with h5py.File(self.path) as f: return f['features'][:].reshape(self.shape)[rows]
+        with h5py.File(self.path) as f: return f[self.key][:].reshape(self.shape)[rows]
 
 def read_features(path: str | Path  # .h5 file, ours, TRIDENT's or CLAM's
                  ) -> tuple[np.ndarray, np.ndarray, dict]:  # (N, D) features, (N, 2) level-0 corners, attributes
@@ -417,14 +422,14 @@ def read_ahead(slide: Slide,         # an open slide
 # %% ../nbs/10_encoders.ipynb #c063
 def write_features(path: str | Path,      # the .h5 file
                    features: np.ndarray,  # (N, D)
-                   coords: np.ndarray,    # (N, 2) level-0 corners
+                   coords: np.ndarray | None,  # (N, 2) level-0 corners; None for the tokens of a text
                    attrs: dict,           # of the tile file: patch_size, patch_size_level0, ...; attributes of `coords`
                    **facts                # attributes of `features`: name, encoder, ...
                   ) -> None:
     "Writes one slide as TRIDENT and CLAM read it, contiguous and in float16."
     with atomic(path) as p, h5py.File(p, 'w') as f:
         f.create_dataset('features', data=np.asarray(features, np.float16)); f['features'].attrs.update(facts)
-        f.create_dataset('coords', data=coords); f['coords'].attrs.update(attrs)
+        if coords is not None: f.create_dataset('coords', data=coords); f['coords'].attrs.update(attrs)
 
 # %% ../nbs/10_encoders.ipynb #c064
 def encode_slide(slide_path: str | Path,      # the slide
@@ -573,21 +578,35 @@ def encode_images(cohort: str | Path,     # cohort directory; patches.safetensor
     return dict(slides=len(files), tiles=sum(map(len, files.values())), tiles_encoded=n, tiles_per_second=round(n/seconds, 1), slides_off_scale=off_scale(files, encoder.mpp))
 
 # %% ../nbs/10_encoders.ipynb #c076
+def ready_files(folder: str | Path,  # h5 files made elsewhere
+                names: list[str],    # of slides or cases: <name>.h5
+                problems: Problems   # where a name without a usable file is noted
+               ) -> dict:            # name -> FeatureFile with at least one row
+    "The feature files that are there, and whole. Raises FileNotFoundError when none is."
+    found = {}
+    for name in names:
+        try: found[name] = FeatureFile(Path(folder)/f'{name}.h5')
+        except (OSError, KeyError) as e: problems.add(name, f'no features in {Path(folder).name}: {e.args[0] if isinstance(e, KeyError) else e}')
+    if names and not found: raise FileNotFoundError(f'{folder} holds features of none of {len(names)}. Expected {names[0]}.h5 and so on, with a dataset `features`. The first: {problems.rows[-len(names)][1]}')
+    return {name: f for name, f in found.items() if len(f)}
+
+def made_by(files: dict, folder: str | Path) -> str:  # name -> FeatureFile; where they lie
+    "The encoder that all the files name, else the name of their folder."
+    said = {str(f.attrs.get('encoder', '')) for f in files.values()}
+    return said.pop() if len(said) == 1 and '' not in said else Path(folder).name
+
+# %% ../nbs/10_encoders.ipynb #c077
 def import_features(cohort: str | Path,  # cohort directory; patches.safetensors is written there
                     slides: str | Path,  # csv of slide, path, mpp
                     folder: str | Path,  # h5 files made elsewhere, <slide>.h5, with `features`
                     problems: Problems   # where slides without a file are noted
                    ) -> dict:
     "Packs features that TRIDENT, CLAM or another run made; returns numbers for the record. Raises ValueError when they are of different networks."
-    files = {}
-    for row in read_slides(slides):
-        try: files[row['slide']] = FeatureFile(Path(folder)/f'{row["slide"]}.h5')
-        except (OSError, KeyError) as e: problems.add(row['slide'], f'no features in {Path(folder).name}: {e}')
-    files = {s: f for s, f in files.items() if len(f)}
-    pack_images(cohort, files, problems, encoder=Path(folder).name, encoder_id=Path(folder).name, mpp=None)
-    return dict(slides=len(files), tiles=sum(map(len, files.values())), features_from=Path(folder).name)
+    files = ready_files(folder, [row['slide'] for row in read_slides(slides)], problems)
+    pack_images(cohort, files, problems, encoder=made_by(files, folder), encoder_id=made_by(files, folder), mpp=None)
+    return dict(slides=len(files), tiles=sum(map(len, files.values())), features_from=made_by(files, folder))
 
-# %% ../nbs/10_encoders.ipynb #c077
+# %% ../nbs/10_encoders.ipynb #c078
 def encode_texts(cohort: str | Path,     # cohort directory; tokens.safetensors is written there
                  summaries: str | Path,  # jsonl of case_id, text
                  encoder: TextEncoder,   # what describes a token
@@ -605,6 +624,19 @@ def encode_texts(cohort: str | Path,     # cohort directory; tokens.safetensors 
     return dict(texts=len(have)) | cut
 
 # %% ../nbs/10_encoders.ipynb #c079
+def import_tokens(cohort: str | Path,  # cohort directory; tokens.safetensors is written there
+                  folder: str | Path,  # h5 files made elsewhere, <case_id>.h5, with `features`: a row a token, that of the whole text first
+                  problems: Problems   # where cases without a file are noted
+                 ) -> dict:
+    "Packs token features made elsewhere; returns numbers for the record. Raises ValueError when they are of different networks."
+    cases = list(Cohort.load(cohort).obs.index)
+    files = ready_files(folder, cases, problems)
+    if len(wide := sorted({f.shape[1] for f in files.values()})) > 1: raise ValueError(f'Tokens of {wide[0]} and {wide[1]} numbers lie in {Path(folder).name}. They come from different networks; encode again.')
+    longest = max((len(f) for f in files.values()), default=0)
+    pack(Path(cohort)/'tokens.safetensors', files, {c: [(c, None)]*(c in files) for c in cases}, encoder=made_by(files, folder), encoder_id=made_by(files, folder), max_tokens=longest)
+    return dict(texts=len(files), tokens=sum(map(len, files.values())), tokens_from=made_by(files, folder))
+
+# %% ../nbs/10_encoders.ipynb #c081
 def tiny_encoding(folder: str | Path  # where to write
                  ) -> Path:           # the cohort directory, with tiles/ and summaries.jsonl inside
     "A cohort of four made-up cases, one without its slide and one without its text, for the examples."
@@ -619,3 +651,82 @@ def tiny_encoding(folder: str | Path  # where to write
     for i in (0, 1, 3): tiny_slide(folder/f's{i}.tiff', (1024, 256), seed=i)
     (folder/'summaries.jsonl').write_text(''.join(json.dumps(dict(case_id=n, text=f'A patient aged {50 + i}.')) + '\n' for i, n in enumerate(names[:3])))
     return folder
+
+# %% ../nbs/10_encoders.ipynb #c087
+@dataclass(frozen=True)
+class Rehearsal:
+    "The size of a made-up cohort of ready features; defaults are the paper's."
+    cases: int = 1944           # paper, Sec. 5.2
+    genes: int = 18868          # paper, Sec. 5.2
+    types: int = 19             # disease types (paper, Sec. 5.2), each at one of two thirds as many sites
+    patches: tuple = (256, 1500) # least and most patches of a case
+    patch_dim: int = 1024       # numbers a patch, as UNI's
+    tokens: int = 300           # tokens of a text (authors' code)
+    token_dim: int = 768        # numbers a token, as Clinical ModernBERT's
+    signal: float = .1          # planted share in a patch's or token's deviation; 0: none
+    seed: int = 0               # of everything
+    @property
+    def names(self): return [f'R{i:05d}' for i in range(self.cases)]
+    @property
+    def counts(self): return rng(self.seed, 'patches').integers(self.patches[0], self.patches[1] + 1, self.cases)
+    @property
+    def kinds(self): return rng(self.seed, 'types').permutation(np.arange(self.cases) % self.types)
+    @property
+    def bytes(self): return 2*int(self.counts.sum())*self.patch_dim, 2*self.cases*self.tokens*self.token_dim, 4*self.cases*self.genes
+    def hidden(self, what: str): return rng(self.seed, 'hidden', what).normal(size=(self.cases, 8)).astype(np.float32)  # 'image' or 'text': (cases, 8)
+
+# %% ../nbs/10_encoders.ipynb #c090
+def rehearsal_room(folder: str | Path,   # where it will be written; the pack goes to the same disk
+                   spec: Rehearsal,      # its size
+                   spare: float = 1e9    # bytes that must stay free
+                  ) -> dict:             # bytes of each part, and what is still to come, in GB
+    "What a rehearsal takes. Raises OSError when the disk has not so much."
+    folder, once = Path(folder), sum(spec.bytes)
+    there = sum(p.stat().st_size for p in folder.rglob('*.h5*')) if folder.exists() else 0
+    free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+    if (need := max(0, once - there) + once) + spare > free:
+        raise OSError(f'The rehearsal of {spec.cases} cases still needs {need/1e9:.1f} GB ({once/1e9:.1f} as files, the same packed) and {spare/1e9:.1f} GB must stay free, but the disk of {folder} has {free/1e9:.1f} GB. '
+                      'Free some, or make it smaller: cohort.cases, cohort.patches.')
+    return dict(zip(('patches_gb', 'tokens_gb', 'expression_gb'), np.round(np.array(spec.bytes)/1e9, 3).tolist(), strict=True)) | dict(still_to_come_gb=round(need/1e9, 3), free_gb=round(free/1e9, 1))
+
+# %% ../nbs/10_encoders.ipynb #c091
+def _planted(spec, case, what, n, dim):
+    "(n, dim) noise, shifted by what is hidden in the case."
+    shift = spec.hidden(what)[case] @ rng(spec.seed, 'towards', what).normal(size=(8, dim)).astype(np.float32)/np.float32(8**.5)
+    return rng(spec.seed, what, case).standard_normal((n, dim), np.float32)*np.float32((1 - spec.signal**2)**.5) + np.float32(spec.signal)*shift
+
+def rehearsed_expression(spec: Rehearsal  # its size
+                        ) -> np.ndarray:  # (cases, genes) float32, log2(tpm+1)
+    "Expression of which type, image, text and noise each hold a share: 20, 20, 10 and 50 % of the variance of a gene."
+    draw = rng(spec.seed, 'expression')
+    def part(z, share): return z @ draw.normal(size=(z.shape[1], spec.genes)).astype(np.float32)*np.float32((share/z.shape[1])**.5)
+    X = draw.standard_normal((spec.cases, spec.genes), np.float32)*np.float32(.5**.5)
+    for z, share in ((spec.hidden('image'), .2), (spec.hidden('text'), .1)): X += part(z, share)
+    X += draw.normal(size=(spec.types, spec.genes)).astype(np.float32)[spec.kinds]*np.float32(.2**.5)
+    return np.maximum(X + draw.uniform(1, 9, spec.genes).astype(np.float32), 0, out=X)
+
+# %% ../nbs/10_encoders.ipynb #c092
+def rehearse(folder: str | Path,  # written: expression.h5ad, clinical.csv, features/, tokens/
+             **spec               # fields of `Rehearsal`
+            ) -> dict:            # numbers for the record
+    "Writes a cohort of one's own at the paper's size, out of nothing; finished files are kept. Raises OSError without room, TypeError for another field."
+    import anndata as ad
+    import pandas as pd
+    s, folder = Rehearsal(**spec | dict(patches=tuple(spec.get('patches', Rehearsal.patches)))), Path(folder)
+    facts, key, written = rehearsal_room(folder, s), hashlib.sha256(repr(s).encode()).hexdigest()[:12], 0
+    for i, (name, n) in enumerate(zip(progress(s.names, 'case'), s.counts, strict=True)):
+        at = np.stack(np.divmod(np.arange(n), 40), 1)*256
+        for path, make, coords in ((folder/'features'/f'{name}.h5', partial(_planted, s, i, 'image', n, s.patch_dim), at), (folder/'tokens'/f'{name}.h5', partial(_planted, s, i, 'text', s.tokens, s.token_dim), None)):
+            if is_rehearsed(path, key): continue
+            write_features(path, make(), coords, dict(patch_size=256, patch_size_level0=256), encoder='rehearsal', rehearsal=key); written += 1
+    with atomic(folder/'clinical.csv') as p:
+        pd.DataFrame(dict(case_id=s.names, disease_type=[f'type {k + 1}' for k in s.kinds], primary_site=[f'site {k*2//3 + 1}' for k in s.kinds])).to_csv(p, index=False)
+    with atomic(folder/'expression.h5ad') as p:
+        ad.AnnData(rehearsed_expression(s), pd.DataFrame(index=s.names), pd.DataFrame(index=[f'ENSG{g:011d}' for g in range(s.genes)]), uns=dict(unit='log2(tpm+1)')).write_h5ad(p)
+    return facts | dict(cases=s.cases, genes=s.genes, patches=int(s.counts.sum()), files_written=written, files_kept=2*s.cases - written)
+
+def is_rehearsed(path: Path, key: str) -> bool:  # a feature file, or none; fingerprint of the settings
+    "Whether the file is there, whole, and of this rehearsal."
+    try:
+        with h5py.File(path) as f: return f['features'].attrs.get('rehearsal') == key
+    except (OSError, KeyError): return False

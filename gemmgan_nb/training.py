@@ -7,7 +7,7 @@ __all__ = ['CHOICES', 'AS_CODED', 'ModelSpec', 'History', 'ExpressionModel', 'Bu
            'moved', 'Ahead', 'feature_scale', 'hide', 'crps', 'Trainer', 'tensorboard', 'optimiser', 'set_rates',
            'descend', 'climb', 'step', 'leaving', 'train_network', 'Conditioned', 'Labels', 'Parts', 'Network', 'ready',
            'known', 'describe', 'refuse_seen', 'save_network', 'model_card', 'load_network', 'compiled', 'readers',
-           'WGAN', 'critic_step', 'wgan_iteration']
+           'WGAN', 'low', 'critic_step', 'wgan_iteration']
 
 # %% ../nbs/14_training.ipynb #c002
 import contextlib
@@ -101,6 +101,8 @@ class Budget:
     clip_critic: float = 0.   # largest gradient norm of the critic; 0: any (as coded: 10)
     slope: float = .2         # of all activations below zero (as coded: 0, ReLU)
     he: bool = True           # generator begins at unit variance; False: PyTorch's first weights (as coded)
+    own: float = 0.           # size at which each gene's own noise begins, to be learned; 0: none (gemmgan_plus)
+    mismatched: float = 0.    # share of the critic's fakes that are real profiles under another case's condition (gemmgan_plus)
     ema: float = .995         # share that the averaged generator keeps at each step; 0: no average (as coded)
     score_every: int = 100    # generator steps between two looks at the validation cases
     score_samples: int = 16   # profiles a validation case
@@ -612,7 +614,7 @@ class WGAN(Network):
         "Makes generator, critic and their optimisers."
         b, cond = self.budget, self.budget.dim*((patch_dim or token_dim) is not None) + self.budget.dim*(labels is not None)
         told = lambda: readers(self, patch_dim, token_dim, labels)
-        self.g = Conditioned(*told(), Generator(genes, cond, b.latent, b.hidden, b.slope, b.he)).to(self.device)
+        self.g = Conditioned(*told(), Generator(genes, cond, b.latent, b.hidden, b.slope, b.he, b.own)).to(self.device)
         self.c = Conditioned(*told(), Critic(genes, cond, b.hidden, b.slope)).to(self.device)
         self.parts = dict(g=self.g, c=self.c, opt_g=optimiser(self.g, b.lr, b), opt_c=optimiser(self.c, b.lr_critic, b))
     def cast(self):
@@ -635,8 +637,8 @@ class WGAN(Network):
     def noise(self,
               n: int,   # rows
               stream):  # where the numbers come from
-        "Standard normal noise, (n, latent)."
-        return torch.randn(n, self.budget.latent, generator=stream, device=self.device)
+        "Standard normal noise, as wide as the generator takes it."
+        return torch.randn(n, self.g.head.latent, generator=stream, device=self.device)
     def draw(self,
              batch: Batch,  # what is known of the cases
              b: int,        # how many cases
@@ -654,6 +656,15 @@ class WGAN(Network):
         return wgan_iteration(self, draw, stream)
 
 # %% ../nbs/14_training.ipynb #c056
+def low(m: WGAN,             # its critic and budget
+        real: Tensor,        # (b, hidden) real profiles that have entered the critic
+        fake: Tensor,        # (b, hidden) generated ones
+        cond: Tensor | None  # (b, cond_dim)
+       ) -> Tensor:          # (b,)
+    "Heights that the critic brings down: of fakes and, where `mismatched` says so, of real profiles under the next case's condition."
+    heights, share = m.c.head.rise(fake, cond), m.budget.mismatched
+    return heights if not share or cond is None else (1 - share)*heights + share*m.c.head.rise(real, cond.roll(1, 0))
+
 def critic_step(m: WGAN,
                 batch: Batch,           # training cases
                 cond_g: Tensor | None,  # the generator's condition of the same cases, without gradient
@@ -669,7 +680,7 @@ def critic_step(m: WGAN,
         with m.cast():
             cond = m.c.condition(part)                                                             # Eq. 6
             real, fake = critic.enter(torch.cat([part.x, fakes[at]])).split(n)
-            gap, penalty = critic_loss(critic.rise(real, cond), critic.rise(fake, cond)), gradient_penalty(critic, real, fake, cond, shares[at])
+            gap, penalty = critic_loss(critic.rise(real, cond), low(m, real, fake, cond)), gradient_penalty(critic, real, fake, cond, shares[at])
         climb(m.parts['opt_c'], (gap + m.budget.penalty*penalty)*(n/b))
         sums.append(torch.stack([-gap.detach(), penalty.detach()])*(n/b))
     step(m.parts['opt_c'], m.budget.clip_critic)

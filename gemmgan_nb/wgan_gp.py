@@ -35,16 +35,19 @@ class Generator(nn.Module):
                  latent: int = 256,    # width of the noise (paper: 256)
                  hidden: int = 256,    # width of the hidden layers (paper: 256)
                  slope: float = .2,    # of the activation below zero; 0 as coded
-                 he: bool = True):     # first weights that keep the variance; False, as coded: PyTorch's
+                 he: bool = True,      # first weights that keep the variance; False, as coded: PyTorch's
+                 own: float = 0.):     # size at which each gene's own noise begins, to be learned; 0: there is only the common one (`gemmgan_plus`: above 0)
         super().__init__()
-        self.latent, self.net = latent, mlp(latent + cond_dim, hidden, genes, slope)
+        self.shared, self.latent, self.net = latent, latent + genes*(own > 0), mlp(latent + cond_dim, hidden, genes, slope)
+        self.own = nn.Parameter(torch.full((genes,), own).expm1().log()) if own else None
         for layer in self.net[::2] if he else (): nn.init.kaiming_normal_(layer.weight, slope if layer is not self.net[-1] else 1.); nn.init.zeros_(layer.bias)
     def forward(self,
-                z: Tensor,             # (b, latent) standard normal noise
+                z: Tensor,             # (b, latent) standard normal noise; with `own`, `genes` more numbers
                 cond: Tensor | None    # (b, cond_dim)
                ) -> Tensor:            # (b, genes) z-scored expression
         "A profile for each row of noise; the output is linear, for z-scores have both signs and no bounds."
-        return self.net(with_condition(z, cond)).to(self.net[0].weight.dtype)
+        x = self.net(with_condition(z[..., :self.shared], cond)).to(self.net[0].weight.dtype)
+        return x if self.own is None else x + nn.functional.softplus(self.own)*z[..., self.shared:]
 
 # %% ../nbs/13_wgan_gp.ipynb #c014
 class Critic(nn.Module):
