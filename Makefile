@@ -1,4 +1,4 @@
-# make reproduce | test | test-all | bench | lab | readme | outputs | clean-nbs    each sets up .venv by itself
+# make reproduce | test | test-all | bench | docs | lab | readme | outputs | clean-nbs    each sets up .venv by itself
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 PROFILE ?= demo
@@ -10,7 +10,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 RUN := $(BIN)/gemmgan reproduce --profile $(PROFILE) $(if $(HER2ST),--set 'cohort.folder=$(HER2ST)') $(if $(PRESET),--set cohort.preset=$(PRESET)) \
 	$(foreach s,$(SET),--set '$(s)') $(FLAGS)
 
-.PHONY: reproduce plan test test-all bench lab readme outputs clean-nbs
+.PHONY: reproduce plan test test-all bench docs lab readme outputs clean-nbs
 
 reproduce: $(VENV)/ready
 	@$(RUN)
@@ -28,6 +28,9 @@ test-all: test
 
 bench: $(VENV)/ready
 	@mkdir -p runs/bench && $(BIN)/papermill --log-output --no-progress-bar nbs/27_benchmarks.ipynb runs/bench/executed.ipynb -p scale paper -p out runs/bench
+
+docs: $(VENV)/ready
+	@$(BIN)/python workflow/docs/build.py
 
 lab: $(VENV)/ready
 	@$(BIN)/jupyter lab nbs
@@ -48,5 +51,5 @@ $(VENV)/ready: settings.ini setup.py pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) with $(PYTHON) (about 5 GB, some minutes; CPU=1 takes CPU-only builds of torch)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(if $(CPU),@$(BIN)/pip install -q --progress-bar off -c constraints.txt torch torchvision --index-url $(CPU_INDEX))
-	@$(BIN)/pip install --progress-bar off -c constraints.txt -e '.[dev]' | awk '/^(Collecting|Installing|Successfully)/ {print substr($$0, 1, 100); fflush()}'
+	@$(BIN)/pip install --progress-bar off -c constraints.txt -e '.[dev,docs]' | awk '/^(Collecting|Installing|Successfully)/ {print substr($$0, 1, 100); fflush()}'
 	@$(BIN)/pip check && touch $@
