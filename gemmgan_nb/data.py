@@ -807,8 +807,9 @@ def own_layout(folder: str | Path,  # of the cohort's owner
     for what, names in USUAL.items():
         if said.get(what) == 'auto': said[what] = next((n for n in names if (folder/n).exists()), '')
     if not said.get('expression'): raise FileNotFoundError(f'{folder} holds no table of expression. Expected expression with one of the endings {", ".join(KINDS)}, or its name in the profile.')
-    said['unit'] = said.get('unit') or unit_inside(files_of(folder, said['expression'])[0][0])
-    if not said['unit']: raise ValueError(f"Nobody says in which unit the expression of {folder} is. Set cohort.unit: one of {', '.join(KEPT_UNITS)}, tpm, fpkm, or log2(tpm+c).")
+    first = files_of(folder, said['expression'])[0][0]
+    if 'unit' in said: said['unit'] = said['unit'] or unit_inside(first)
+    if not said.get('unit', True): raise ValueError(f"Nobody says in which unit the expression of {folder} is. Set cohort.unit: one of {', '.join(KEPT_UNITS)}, tpm, fpkm, or log2(tpm+c).")
     said['clinical'] = [said['clinical']] if isinstance(said.get('clinical'), str) and said['clinical'] else said.get('clinical') or []
     return said, {m for m, has in dict(image=said.get('slides') or said.get('features'), labels=_labelled(folder, said),
                                        text=said.get('text', True) and (said.get('texts') or said.get('tokens') or said['clinical'])).items() if has}
