@@ -8,8 +8,8 @@ __all__ = ['PRECISION', 'INSTEAD', 'IMAGENET', 'UNI', 'UNI2', 'ENCODERS', 'Encod
            'transformers_network', 'readable', 'words_lost', 'TextEncoder', 'tiny_modernbert', 'EncoderSpec',
            'load_image_encoder', 'load_text_encoder', 'access', 'FeatureFile', 'read_features', 'stamp', 'is_current',
            'widths', 'read_ahead', 'write_features', 'encode_slide', 'Pace', 'on_device', 'replicas', 'unless_device',
-           'tile_file', 'encode_slides', 'bags_of', 'read_slides', 'read_summaries', 'pack_images', 'off_scale',
-           'encode_images', 'ready_files', 'made_by', 'import_features', 'encode_texts', 'import_tokens',
+           'tile_file', 'encode_slides', 'bags_of', 'read_slides', 'read_summaries', 'pack_images', 'cut_of',
+           'off_scale', 'encode_images', 'ready_files', 'made_by', 'import_features', 'encode_texts', 'import_tokens',
            'tiny_encoding', 'Rehearsal', 'rehearsal_room', 'rehearsed_expression', 'rehearse', 'is_rehearsed']
 
 # %% ../nbs/10_encoders.ipynb #c002
@@ -367,7 +367,7 @@ class FeatureFile:
         with h5py.File(path) as f:
             self.key = next((k for k in ('features', 'feats') if k in f), None)
             if self.key is None or f[self.key].ndim not in (2, 3): raise KeyError(f'{self.path.name} has no dataset features of rows and columns; it holds {", ".join(f) or "nothing"}.')
-            self.shape, self.attrs = tuple(f[self.key].shape[-2:]), dict(f[self.key].attrs)
+            self.shape, self.attrs, self.cut = tuple(f[self.key].shape[-2:]), dict(f[self.key].attrs), dict(f['coords'].attrs) if 'coords' in f else {}
     def __len__(self): return self.shape[0]
     def __getitem__(self, rows):
         with h5py.File(self.path) as f: return f[self.key][:].reshape(self.shape)[rows]
@@ -552,7 +552,14 @@ def pack_images(cohort: str | Path,    # cohort directory; patches.safetensors i
     if len(wide := sorted({f.shape[1] for f in files.values()})) > 1: raise ValueError(f'Features of {wide[0]} and {wide[1]} numbers a tile lie in one folder. They come from different networks; encode again.')
     bags = bags_of(cohort, files)
     for case in [c for c, bag in bags.items() if not bag]: problems.add(case, 'has no image features; its bag is empty.')
-    pack(Path(cohort)/'patches.safetensors', files, bags, **facts)
+    pack(Path(cohort)/'patches.safetensors', files, bags, **facts, **cut_of(files))
+
+def cut_of(files: dict  # slide -> FeatureFile
+          ) -> dict:    # tile_mpp, tile_px, min_tissue: medians of what is known
+    "How the tiles were cut; a checkpoint takes it along, so that it can look at new slides in the same way."
+    said = dict(tile_mpp=[f.attrs.get('tile_mpp') for f in files.values()], tile_px=[f.cut.get('patch_size') for f in files.values()], min_tissue=[f.cut.get('min_tissue') for f in files.values()])
+    known = {k: [float(x) for x in v if x is not None and np.isfinite(float(x))] for k, v in said.items()}
+    return {k: round(float(np.median(v)), 6) if k != 'tile_px' else int(np.median(v)) for k, v in known.items() if v}
 
 def off_scale(files: dict,       # slide -> FeatureFile
               mpp: float | None  # at which the encoder was trained; None: any

@@ -89,7 +89,7 @@ class Critic(nn.Module):
         "The height of each profile, given its condition."
         return self.rise(self.enter(x), cond)
 
-# %% ../nbs/13_wgan_gp.ipynb #c021
+# %% ../nbs/13_wgan_gp.ipynb #c023
 def critic_loss(real: Tensor,  # (b,) heights of real profiles
                 fake: Tensor   # (b,) heights of generated ones
                ) -> Tensor:    # scalar; minus the critic's estimate of the distance
@@ -101,7 +101,7 @@ def generator_loss(fake: Tensor  # (b,) heights of generated profiles
     "What the generator makes small: minus the height of its work."
     return -fake.mean()
 
-# %% ../nbs/13_wgan_gp.ipynb #c027
+# %% ../nbs/13_wgan_gp.ipynb #c029
 def slope_direction(critic: Critic,      # with piecewise linear activations
                     entered: Tensor,     # (b, hidden) of `critic.enter`, where to stand
                     cond: Tensor | None  # (b, cond_dim)
@@ -124,7 +124,7 @@ def gradient_penalty(critic: Critic,        # with piecewise linear activations
     squares = ((g @ weight).to(weight.dtype)**2).sum(1) if len(g) <= len(weight) else ((g @ (weight @ weight.T)).to(weight.dtype)*g).sum(1)
     return ((squares.clamp_min(1e-12).sqrt() - 1)**2).mean()
 
-# %% ../nbs/13_wgan_gp.ipynb #c036
+# %% ../nbs/13_wgan_gp.ipynb #c038
 @torch.no_grad()
 def sample(generator: Generator,                # trained
            cond: Tensor | None,                 # (b, cond_dim); None for an unconditional model
