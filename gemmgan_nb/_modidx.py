@@ -1040,6 +1040,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'gemmgan_nb.reproduce.problems_of': ('reproduce.html#problems_of', 'gemmgan_nb/reproduce.py'),
                                       'gemmgan_nb.reproduce.profile_names': ('reproduce.html#profile_names', 'gemmgan_nb/reproduce.py'),
                                       'gemmgan_nb.reproduce.read_profile': ('reproduce.html#read_profile', 'gemmgan_nb/reproduce.py'),
+                                      'gemmgan_nb.reproduce.report': ('reproduce.html#report', 'gemmgan_nb/reproduce.py'),
                                       'gemmgan_nb.reproduce.reproduce': ('reproduce.html#reproduce', 'gemmgan_nb/reproduce.py'),
                                       'gemmgan_nb.reproduce.run_stage': ('reproduce.html#run_stage', 'gemmgan_nb/reproduce.py'),
                                       'gemmgan_nb.reproduce.setting_names': ('reproduce.html#setting_names', 'gemmgan_nb/reproduce.py'),

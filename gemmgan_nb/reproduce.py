@@ -7,7 +7,7 @@ __all__ = ['HEADING', 'PACKAGE', 'MANNERS', 'console', 'NEEDED', 'app', 'Profile
            'stage_engine', 'run_stage', 'Code', 'stage_code', 'snakemake_command', 'command_of', 'watch', 'wind_down',
            'stoppable', 'at_work', 'problems_of', 'wrong', 'settings_of', 'read_profile', 'profile_names',
            'setting_names', 'ending', 'opened', 'reproduce', 'table_of', 'gap_of', 'plan', 'dial', 'evaluate',
-           'generate', 'stage', 'Finding', 'finding', 'Needs', 'needs_of', 'ways_of', 'layout_of', 'cases_of',
+           'generate', 'report', 'stage', 'Finding', 'finding', 'Needs', 'needs_of', 'ways_of', 'layout_of', 'cases_of',
            'genes_of', 'disk_of', 'memory_of', 'existing', 'bytes_in', 'check_disk', 'check_memory', 'check_writable',
            'Gpus', 'gpus_here', 'check_gpu', 'check_python', 'installed', 'pins_of', 'check_packages',
            'check_slide_libraries', 'in_cache', 'hub_of', 'check_network', 'check_token', 'check_gdc', 'check_folder',
@@ -347,7 +347,7 @@ def reproduce(context: typer.Context,    # carries the flags for Snakemake
     run, code = project_root()/'runs'/values['run'], at_work(profile, settings, *context.args)
     if code == 2: wrong(f'Snakemake does not understand {" ".join(context.args)}. Its flags: {Path(sys.executable).name} -m snakemake --help')
     if code: wrong(f'A stage failed. Its notebook lies in {run}, with the error in it. The same command goes on from there.', 1)
-    if '-n' not in context.args: console.print(f'Done in {time.time() - start:.0f} s. Tables and figures: {run/"tables"}')
+    if '-n' not in context.args: console.print(f'Done in {time.time() - start:.0f} s. Tables and figures: {run/"tables"}; all of it on one page: {run/"report"/"index.html"}')
     if len(problems := problems_of(run)): console.print(table_of(problems, f'{len(problems)} items were left out')); raise typer.Exit(3)
 
 def table_of(frame,           # a pandas table
@@ -443,6 +443,21 @@ def generate(out: Annotated[Path, typer.Option(help='The h5ad file to write.')],
     console.print(f'{data.n_obs} patients, {data.n_vars} genes in {data.uns["unit"]}, from {data.uns["checkpoint"]["title"]}: {out}', markup=False, soft_wrap=True)
 
 # %% ../nbs/26_reproduce.ipynb #c057
+@app.command(epilog=ending('0 written; 2 there is no such run, or the page may not lie there', 'gemmgan report', 'gemmgan report --profile her2st', 'gemmgan report --out /tmp/page'))
+def report(profile: Profile = 'demo',  # name or path of a profile
+           set_: Settings = (),        # settings, each name=value
+           out: Annotated[Path | None, typer.Option(help='Folder of the page; default report/ in the run.')] = None):  # folder
+    "Writes the page of a run again: verdicts, tables, pictures, provenance, in one file that opens from disk."
+    values, _ = opened(profile, set_)
+    from gemmgan_nb.report import SECTIONS, write_report
+    root = project_root(); dial = root/'figures'/'dial'
+    with stoppable('Nothing was written.'):
+        try: page, missing = write_report(root/'runs'/values['run'], out, dial if (dial/'dial.csv').exists() else None)
+        except (OSError, ValueError) as e: wrong(str(e))
+    for k, why in missing.items(): console.print(Text(f'{SECTIONS[k][0]}: {why}'), soft_wrap=True)
+    console.print(f'Open {page}', soft_wrap=True)
+
+# %% ../nbs/26_reproduce.ipynb #c058
 @app.command(hidden=True)
 def stage(notebook: str,       # a chapter
           executed: str,       # where the executed notebook goes
@@ -453,7 +468,7 @@ def stage(notebook: str,       # a chapter
     try: run_stage(notebook, executed, json.loads(params), section)
     except PapermillExecutionError as e: wrong(f"{Path(notebook).stem}: {e.ename}: {e.evalue}\nThe whole story: {executed}", 1)
 
-# %% ../nbs/26_reproduce.ipynb #c059
+# %% ../nbs/26_reproduce.ipynb #c060
 class Finding(NamedTuple):
     "A line of the doctor's table."
     check: str        # what was looked at
@@ -472,7 +487,7 @@ def finding(check: str,     # what was looked at
     "A line whose remedy stands there only when it is wanted."
     return Finding(check, str(found), str(needed), 'fine' if good else otherwise, '' if good else remedy)
 
-# %% ../nbs/26_reproduce.ipynb #c062
+# %% ../nbs/26_reproduce.ipynb #c063
 class Needs(NamedTuple):
     "What a profile asks of a machine."
     slides: bool    # are slides read?
@@ -491,7 +506,7 @@ def needs_of(values: dict  # a profile
     must = writer or slides and e['image'] != 'efficientnet_lite0'
     return Needs(slides, networks, writer, _endpoint(values['cohort']), 'must' if must else 'helps' if _work(values) > 1e7 else '')
 
-# %% ../nbs/26_reproduce.ipynb #c064
+# %% ../nbs/26_reproduce.ipynb #c065
 def ways_of(cohort: dict  # of a profile
            ) -> tuple[bool, bool, bool]:  # are slides read? texts written? texts encoded?
     "Which parts of the pipeline a cohort goes through."
@@ -513,7 +528,7 @@ def layout_of(cohort: dict,         # of a profile, source: own
     named = {k: '' if v == 'auto' else v for k, v in told.items()}
     return named, {'text'} if named.get('clinical') or named.get('texts') else set()
 
-# %% ../nbs/26_reproduce.ipynb #c065
+# %% ../nbs/26_reproduce.ipynb #c066
 def _llama():
     from gemmgan_nb.summaries import LLAMA
     return LLAMA
@@ -530,7 +545,7 @@ def _work(values):
     t = values.get('training') or {}
     return t.get('steps', 0)*t.get('batch', 1)*len(values['models'])*len(values.get('seeds', [0]))
 
-# %% ../nbs/26_reproduce.ipynb #c069
+# %% ../nbs/26_reproduce.ipynb #c070
 USUAL = dict(gdc=(1944, 1500), simulated=(160, 30), her2st=(1300, 9), own=(1200, 500))   # source -> cases, patches a case
 WEIGHTS = {'uni': 1.2, 'uni2': 2.7, 'clinical_modernbert': .6, 'efficientnet_lite0': 0, 'minilm': 0}   # GB to fetch
 
@@ -552,7 +567,7 @@ def genes_of(values: dict) -> int:  # a profile
     "Genes of a cohort; where it does not say, the paper's 18,868."
     return next((v for k in ('genes', 'n_genes') if isinstance(v := values['cohort'].get(k), int)), 18868)
 
-# %% ../nbs/26_reproduce.ipynb #c071
+# %% ../nbs/26_reproduce.ipynb #c072
 def disk_of(values: dict       # a profile
            ) -> dict[str, float]:  # part of the run's folder -> gigabytes
     "What a run will take on the disk, in parts."
@@ -568,7 +583,7 @@ def disk_of(values: dict       # a profile
                  fits=len(values['models'])*len(values.get('seeds', [0]))*genes*6e3)
     return {k: round(v/1e9, 3) for k, v in parts.items()}
 
-# %% ../nbs/26_reproduce.ipynb #c077
+# %% ../nbs/26_reproduce.ipynb #c078
 def memory_of(values: dict,  # a profile
               cores: int,    # stages side by side at most
               gpu: bool      # True: the language model lives there
@@ -578,7 +593,7 @@ def memory_of(values: dict,  # a profile
     writer = 0 if gpu or not needs_of(values).writer else 2*16.1
     return round(max(stage, writer), 1), round(max(stage*min(cores, len(values['models'])), writer), 1)
 
-# %% ../nbs/26_reproduce.ipynb #c080
+# %% ../nbs/26_reproduce.ipynb #c081
 def existing(folder: str | Path  # a folder that may not be there yet
             ) -> Path:           # it, or the nearest one above it that is
     "Where a folder would be made."
@@ -603,7 +618,7 @@ def check_disk(places: dict[str, tuple[Path, float]],  # what it is for -> folde
                             f'Free {need + spare - free:.0f} GB, or put {parts[0][0]} on a larger disk (a link will do).'))
     return rows
 
-# %% ../nbs/26_reproduce.ipynb #c083
+# %% ../nbs/26_reproduce.ipynb #c084
 def check_memory(values: dict,  # a profile
                  gpu: bool,     # True: the language model lives on a GPU
                  cores: int | None = None,  # default: those of this machine
@@ -626,7 +641,7 @@ def check_writable(name: str,            # what the folder is called
     except OSError as e: said = e.strerror or str(e)
     return finding(f'writing to {name}', said or 'possible', 'possible', not said, f'Make {folder} a folder that you may write to.')
 
-# %% ../nbs/26_reproduce.ipynb #c087
+# %% ../nbs/26_reproduce.ipynb #c088
 class Gpus(NamedTuple):
     "What PyTorch and the driver say."
     build: str    # CUDA of the PyTorch build, '' for a CPU build
@@ -644,7 +659,7 @@ def gpus_here() -> Gpus:
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return Gpus(torch.version.cuda or '', [(c.name, c.total_memory/1e9, f'sm_{c.major}{c.minor}') for c in cards], torch.cuda.get_arch_list(), driver)
 
-# %% ../nbs/26_reproduce.ipynb #c089
+# %% ../nbs/26_reproduce.ipynb #c090
 def check_gpu(here: Gpus,  # from `gpus_here`
               want: str,   # must, helps or ''
               need: float = 8.  # gigabytes
@@ -661,7 +676,7 @@ def check_gpu(here: Gpus,  # from `gpus_here`
     if here.driver: return finding('GPU', f'driver for CUDA {here.driver}, PyTorch for {here.build}', ask, not want, f'Update the driver to one for CUDA {here.build}, or install a PyTorch for CUDA {here.driver} (pytorch.org/get-started).', must)
     return finding('GPU', 'none', ask, not want, 'It would take days on a CPU. Take a GPU server, or smaller networks: --set encoders.image=efficientnet_lite0 --set summaries.writer=template' if want == 'must' else 'Training will take a night or more. A GPU makes it an hour.', must)
 
-# %% ../nbs/26_reproduce.ipynb #c094
+# %% ../nbs/26_reproduce.ipynb #c095
 def check_python(here: str = platform.python_version(),  # version
                  asked: str = '>=3.11,<3.14'             # as in pyproject.toml
                 ) -> Finding:
@@ -669,7 +684,7 @@ def check_python(here: str = platform.python_version(),  # version
     from packaging.specifiers import SpecifierSet
     return finding('Python', here, asked, SpecifierSet(asked).contains(here, prereleases=True), 'Make the environment anew with Python 3.11, 3.12 or 3.13: rm -r .venv; make plan PYTHON=python3.11')
 
-# %% ../nbs/26_reproduce.ipynb #c096
+# %% ../nbs/26_reproduce.ipynb #c097
 def installed(name: str) -> str:  # of a package
     "Its version, '' where it is not installed."
     try: return metadata.version(name)
@@ -694,7 +709,7 @@ def check_packages(asked: list[str],   # requirements, e.g. ['numpy', 'snakemake
     return [finding('packages', f'{len(wanted) - len(bad)} of {len(wanted)}', 'settings.ini', not bad, f'pip install -c constraints.txt {" ".join(repr(b) if ">" in b else b for b in bad)}'),
             finding('versions', ', '.join(moved) or 'as tried', 'constraints.txt', not moved, 'Should something fail: pip install -c constraints.txt -e .', 'warning')]
 
-# %% ../nbs/26_reproduce.ipynb #c098
+# %% ../nbs/26_reproduce.ipynb #c099
 def check_slide_libraries(load: Callable = importlib.import_module  # name -> module
                          ) -> Finding:
     "Whether OpenSlide's binary loads, and imagecodecs knows JPEG and JPEG 2000, in which slides are compressed."
@@ -704,7 +719,7 @@ def check_slide_libraries(load: Callable = importlib.import_module  # name -> mo
         except Exception as e: bad.append(f'{name}: {" ".join(str(e).split())[:80]}')
     return finding('slide libraries', ', '.join(bad or known), 'openslide, tifffile, imagecodecs', not bad, 'pip install --force-reinstall -c constraints.txt openslide-bin openslide-python tifffile imagecodecs')
 
-# %% ../nbs/26_reproduce.ipynb #c101
+# %% ../nbs/26_reproduce.ipynb #c102
 def in_cache(hub: str,          # owner/name
              cache: Path | None = None  # default: the hub's
             ) -> bool:
@@ -721,7 +736,7 @@ def hub_of(name: str   # an encoder or a repository, perhaps with @revision
     source = ENCODERS[plain].source if plain in ENCODERS else f'hub: {plain}'
     return source.removeprefix('hub: ') if source.startswith('hub: ') else ''
 
-# %% ../nbs/26_reproduce.ipynb #c103
+# %% ../nbs/26_reproduce.ipynb #c104
 def check_network(name: str,               # an encoder or a repository
                   checkpoint: str = '',    # the local folder that would be used instead
                   setting: str = '',       # which setting names that folder, e.g. encoders.image_checkpoint
@@ -740,7 +755,7 @@ def check_network(name: str,               # an encoder or a repository
     return finding(what, f'{said.partition("). ")[0].removeprefix(hub).strip()})', 'weights', False, f'Accept its licence at https://huggingface.co/{hub} if it is gated, and log in: hf auth login. Offline: hf download {hub} --local-dir FOLDER '
                    f'where there is a network, then --set {setting}=FOLDER. Or do without: --set {instead}')
 
-# %% ../nbs/26_reproduce.ipynb #c105
+# %% ../nbs/26_reproduce.ipynb #c106
 def check_token(networks: dict,   # network -> local checkpoint or ''
                 token: str | None # what was found, or None
                ) -> list[Finding]:  # none where nothing gated is wanted
@@ -751,7 +766,7 @@ def check_token(networks: dict,   # network -> local checkpoint or ''
     return [finding("hub's token", 'HF_TOKEN' if os.environ.get('HF_TOKEN') else 'of hf auth login' if token else 'none', f'for {", ".join(gated)}', bool(token),
                     'Make one at https://huggingface.co/settings/tokens (read is enough), then: export HF_TOKEN=... or hf auth login')]
 
-# %% ../nbs/26_reproduce.ipynb #c109
+# %% ../nbs/26_reproduce.ipynb #c110
 def check_gdc(endpoint: str  # GDC's address
              ) -> Finding:
     "Whether GDC answers."
@@ -760,7 +775,7 @@ def check_gdc(endpoint: str  # GDC's address
     except (GdcError, OSError, ValueError, AttributeError) as e: good, said = False, m[0] if (m := re.search(r'(?<=\] )[A-Z][^\'"()]+|answers .{0,60}', str(e))) else str(e)[:80]
     return finding('GDC', said, endpoint, good, f'Open {endpoint}/status in a browser. Behind a proxy: export HTTPS_PROXY=... Or download elsewhere with gdc_manifest.txt and gdc-client, or wait.')
 
-# %% ../nbs/26_reproduce.ipynb #c111
+# %% ../nbs/26_reproduce.ipynb #c112
 def check_folder(cohort: dict  # of a profile
                 ) -> list[Finding]:  # none where no folder is named
     "Whether the tables or sections are where the profile says."
@@ -785,7 +800,7 @@ def check_only(cohort: dict  # of a profile
     except (OSError, ValueError, EOFError) as e: said, good = f'{e}', False
     return [finding('manifest', said, cohort['only'], good, 'Name a manifest in gdc-client\'s format: --set cohort.only=FILE')]
 
-# %% ../nbs/26_reproduce.ipynb #c115
+# %% ../nbs/26_reproduce.ipynb #c116
 def in_time(calls: dict[str, Callable],  # name -> function that gives a finding
             seconds: float = 10.         # for all of them together
            ) -> list[Finding]:           # in their order
@@ -805,7 +820,7 @@ def guarded(name: str,      # what is looked at
     try: return call()
     except Exception as e: return finding(name, f'{type(e).__name__}: {e}'[:160], 'a check that runs', False, 'A library is damaged or absent: pip install -c constraints.txt -e .')
 
-# %% ../nbs/26_reproduce.ipynb #c117
+# %% ../nbs/26_reproduce.ipynb #c118
 def examine(values: dict,        # a profile
             seconds: float = 10. # for servers to answer
            ) -> list[Finding]:
@@ -833,7 +848,7 @@ def check_four_bits() -> Finding:
     precision, why = precision_here('cuda')
     return finding('language model', precision, 'nf4: four bits a weight', precision == 'nf4', f"{why}. Or: pip install -c constraints.txt -e '.[llama]'", 'warning')
 
-# %% ../nbs/26_reproduce.ipynb #c119
+# %% ../nbs/26_reproduce.ipynb #c120
 def _local(values, needs, gpu):
     "The lines that need no network."
     root, cohort = project_root(), values['cohort']
@@ -859,7 +874,7 @@ def _places(values, needs, run):
     weights = sum(WEIGHTS.get(n, 1.5) for n, c in needs.networks.items() if hub_of(n) and not c and not in_cache(hub_of(n))) + sum(16.1 for n, c in needs.writer.items() if not c and not in_cache(hub_of(n)))
     return {'runs/': (run, max(0., sum(disk_of(values).values()) - bytes_in(run)/1e9))} | ({"the hub's cache": (Path(constants.HF_HUB_CACHE), weights)} if weights else {})
 
-# %% ../nbs/26_reproduce.ipynb #c124
+# %% ../nbs/26_reproduce.ipynb #c125
 @app.command(epilog=ending('0 nothing is missing (there may be warnings); 1 something is missing that the profile needs; 2 wrong use', 'gemmgan doctor', 'gemmgan doctor --profile tcga',
                            'gemmgan doctor --profile tcga --set encoders.image=efficientnet_lite0 --set summaries.writer=template'))
 def doctor(profile: Profile = 'demo', # name or path of a profile
@@ -878,7 +893,7 @@ def doctor(profile: Profile = 'demo', # name or path of a profile
     if count['missing']: wrong(f'{count["missing"]} missing, {count["warning"]} warnings: the column "what to do" says how to go on.', 1)
     console.print(f'Nothing is missing, {count["warning"]} warnings. Begin: gemmgan reproduce --profile {profile}', soft_wrap=True)
 
-# %% ../nbs/26_reproduce.ipynb #c126
+# %% ../nbs/26_reproduce.ipynb #c127
 def bytes_there(table,       # manifest: id, filename, ...
                 folder: Path # where its files go
                ) -> int:
@@ -906,7 +921,7 @@ def shown_arriving(table,             # manifest
         try: yield
         finally: stop.set()
 
-# %% ../nbs/26_reproduce.ipynb #c127
+# %% ../nbs/26_reproduce.ipynb #c128
 def fetch_manifest(manifest: Path,     # gdc-client's format
                    folder: Path,       # files go to folder/<id>/<filename>
                    base: str,          # GDC's address
@@ -930,7 +945,7 @@ def folder_for(folder: Path  # to be made
     try: folder.mkdir(parents=True, exist_ok=True); tempfile.TemporaryFile(dir=folder).close(); return True
     except OSError: return False
 
-# %% ../nbs/26_reproduce.ipynb #c129
+# %% ../nbs/26_reproduce.ipynb #c130
 def told(report,       # of `fetch_manifest`, or of the stage's download.csv files
          where: Path,  # where the files are
          on: str       # how to go on
@@ -943,7 +958,7 @@ def told(report,       # of `fetch_manifest`, or of the stage's download.csv fil
     console.print(table_of(bad.head(20), 'missing' if len(bad) <= 20 else f'20 of {len(bad)} that are missing'))
     wrong(f'{n["bad"]} files are missing; missing.txt lists them. What is there is kept. Go on: {on}', 1)
 
-# %% ../nbs/26_reproduce.ipynb #c133
+# %% ../nbs/26_reproduce.ipynb #c134
 @app.command(epilog=ending('0 every file is there, verified; 1 something is missing; 2 wrong use', 'gemmgan download --profile tcga', 'gemmgan download --set "cohort.selection={projects: [TCGA-HNSC], largest: 0}"',
                            'gemmgan download --manifest gdc_manifest.txt --to slides --workers 8'))
 def download(profile: Profile = 'tcga', # name or path of a profile whose cohort GDC has
@@ -972,7 +987,7 @@ def _one_manifest(manifest, folder, base, workers):
         except OSError as e: wrong(str(e), 1)
     told(report, folder, again)
 
-# %% ../nbs/26_reproduce.ipynb #c135
+# %% ../nbs/26_reproduce.ipynb #c136
 def _cohort(profile, settings):
     "The pipeline up to its first stage, and what that left in download.csv."
     import pandas as pd
