@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['both', 'labels', 'DML', 'SPOT', 'CASE', 'OTHER', 'DRAWN', 'ENTRIES', 'BLOCKS', 'entry', 'pathgen', 'dml',
            'entries_of', 'model_class', 'trained', 'construct', 'jobs_of', 'job_key', 'fit_job', 'realism',
-           'untrained_twin', 'condition_rows', 'at_depth', 'more_rows', 'trained_here', 'evaluate', 'evaluate_job',
-           'Predictions', 'evaluate_predictions', 'bounds_of']
+           'untrained_twin', 'condition_rows', 'at_depth', 'said_of', 'biology_rows', 'more_rows', 'trained_here',
+           'evaluate', 'evaluate_job', 'Predictions', 'evaluate_predictions', 'bounds_of']
 
 # %% ../nbs/22_experiment.ipynb #c002
 import copy
@@ -27,8 +27,8 @@ from .baselines import Denoising, real_halves
 from .condition import (attainable_correlation, by_metric, calibration_rows, condition_test, counts_of, crps_cases, pack_card, reliability_rows, seen_under,
                                   spread_ratio, thin, views_of)
 from .data import Cohort, Scaler
-from .metrics import correlation_mse, detection_panel, panel, precision_recall
-from .privacy import privacy_rows
+from .metrics import biology_panel, correlation_mse, detection_panel, panel, precision_recall
+from .privacy import one_each, privacy_rows
 from .training import Budget, ModelSpec, Network, known, refuse_seen
 from .workspace import atomic, progress, read_json, torch_rng, write_json
 
@@ -69,6 +69,7 @@ ENTRIES = {e['spec']['name']: e for e in [
     entry('baselines.CVAE', 'cvae_as_coded', 'CVAE as coded', labels, dict(as_coded=True), preset='as_coded'),
     *(entry('training.WGAN', name, title, uses, switches, budget, preset='as_coded' if 'as_coded' in name else 'paper')
       for name, (title, uses, switches, budget) in VARIANTS.items()),
+    entry('training.WGAN', 'gemmgan_plus', 'GeMM-GAN plus', both, {}, dict(own=.13, mismatched=.1), preset='ours'),
     entry('baselines.GaussianCopula', 'copula', 'Gaussian copula', labels, preset='ours'),
     entry('baselines.TopTiles', 'top_tiles', 'Top tiles (HE2RNA-like)', ('image',), preset='ours', deviations=("GeMM-GAN's features and patches a step, not ResNet-50 and 8,000 tiles", *OTHER)),
     entry('baselines.Regions', 'regions', 'Regions (SEQUOIA-like)', ('image',), preset='ours', deviations=(
@@ -206,7 +207,21 @@ def at_depth(model, cohort, test, drawn, real, seed) -> dict:  # as in `conditio
     return dict(at_depth=dict(spread_ratio=spread_ratio(torch.from_numpy(model.scaler.transform(seen)), real)), attainable=dict(correlation=possible))
 
 # %% ../nbs/22_experiment.ipynb #c023
-BLOCKS = ('calibration', 'privacy')
+BLOCKS = ('calibration', 'privacy', 'biology')
+
+def said_of(cohort: Cohort) -> dict:  # some cases
+    "What biology is asked about: kind -> (cases,) words."
+    sex = [((c or {}).get('demographic') or {}).get('gender') or '' for c in cohort.cases] if cohort.cases is not None else [''] * len(cohort)
+    return {k: cohort.obs[k].to_numpy(str) for k in ('disease_type', 'primary_site')} | dict(sex=np.array(sex, str))
+
+def biology_rows(model,           # a fitted row
+                 cohort: Cohort,  # whole
+                 seed: int = 0    # of the draws and halvings
+                ) -> dict:        # metric -> value, of `biology_panel`
+    "Fold changes, marker genes and subtype calls of generated test patients, one case each."
+    train, test = (one_each(cohort.split(k), seed) for k in ('train', 'test'))
+    test, scaled = known(model, test) if getattr(model, 'labels', None) else test, lambda c: model.scaler.transform(c.X)
+    return biology_panel(model.sample(test, 1, seed)[0].numpy(), scaled(test), said_of(test), cohort.var.symbol.tolist(), None, scaled(train), said_of(train), seed)
 
 def more_rows(model,           # a fitted row
               cohort: Cohort,  # whole
@@ -218,6 +233,7 @@ def more_rows(model,           # a fitted row
     if not model.spec.generative: return {}
     sides = {k: known(model, cohort.split(k)) if getattr(model, 'labels', None) else cohort.split(k) for k in ('cal', 'test')}
     found = calibration_rows(model, sides['cal'], sides['test'], samples=samples) if 'calibration' in blocks else {}
+    if 'biology' in blocks: found |= biology_rows(model, cohort)
     return found | (privacy_rows(model, cohort) if 'privacy' in blocks and trained_here(model) else {})
 
 def trained_here(model) -> bool:  # a fitted row

@@ -57,7 +57,10 @@ CONDITION = {  # the condition test: key -> (heading, direction, group)
     'crps': ('CRPS', '↓', 'Condition'), 'crps_wrong_patient': (_view['wrong_patient'], '', 'Condition'), 'energy': ('Energy score', '↓', 'Condition'),
     'spread_ratio': ('Spread ratio', '→ 1', 'Condition'), 'spread_ratio_at_depth': ('... seen at the depth of the test spots', '→ 1', 'Condition'),
     'retrieval': ('Right patient among the nearest tenth', '↑', 'Condition')}
-AUDIT = {  # uncertainty (16) and privacy (17): key -> (heading, direction, group)
+AUDIT = {  # biology (15), uncertainty (16) and privacy (17): key -> (heading, direction, group)
+    'disease_type_fold_correlation': ('Fold changes between tumour types', '↑', 'Biology'), 'disease_type_fold_correlation_ceiling': ('... between halves of real patients', '', 'Biology'),
+    'sex_marker_accuracy': ("Sex by marker genes (accuracy)", '↑', 'Biology'), 'sex_marker_accuracy_ceiling': ('... of real profiles', '', 'Biology'),
+    'disease_type_centroid_balanced': ('Type by centroids of real training patients (balanced)', '↑', 'Biology'), 'disease_type_centroid_balanced_ceiling': ('... of real profiles', '', 'Biology'),
     **{f'coverage_{k}': (f'Share of truth inside {k} % intervals', f'→ 0.{k}', 'Uncertainty') for k in (50, 80, 95)},
     'conformal_90': ('... inside 90 % after split conformal', '→ 0.90', 'Uncertainty'), 'conformal_90_worst_type': ('... in the worst tumour type', '→ 0.90', 'Uncertainty'),
     'conformal_90_width': ('... and their width', '↓', 'Uncertainty'),
@@ -251,7 +254,7 @@ def sheet(scores: pd.DataFrame,   # model, seed, run, metric, value
     whole = [pd.concat([f.set_axis([('', m) for m in models], axis=1), (theirs if i == 0 else theirs.map(lambda _, x=fill[i]: x)).set_axis([('paper', m) for m in theirs.columns], axis=1)], axis=1)
              for i, f in enumerate(faces)]
     if table == 2: whole = [w.T for w in whole]
-    titles = {1: 'Table 1', 2: 'Table 2: what the generator is conditioned on', 'condition': 'Does the condition matter?', 'audit': 'As sure as it may be? As discreet as it must be?'}
+    titles = {1: 'Table 1', 2: 'Table 2: what the generator is conditioned on', 'condition': 'Does the condition matter?', 'audit': 'Biology kept? As sure as it may be? As discreet as it must be?'}
     return Sheet(f'table{table}' if table in (1, 2) else table, titles[table], *_label(whole, panel, table, paper), list(notes))
 
 # %% ../nbs/23_tables.ipynb #c049
