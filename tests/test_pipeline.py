@@ -154,13 +154,13 @@ def test_a_changed_metric_evaluates_again_but_never_retrains(project):
     changed = re.sub(r'(def correlation_mse\((?:.|\n)*?\n    ".*"\n)', r'\1    ANOTHER\n', text)
     assert changed != text
     (project.folder/'gemmgan_nb'/'metrics.py').write_text(changed)
-    assert project.stale() == {'evaluate_untrained', 'evaluate_gemmgan', 'tables'}
+    assert project.stale() == {'evaluate_untrained', 'evaluate_gemmgan', 'tables', 'report'}
     (project.folder/'gemmgan_nb'/'metrics.py').write_text(text)
 
 
 def test_a_changed_network_retrains_what_uses_it(project):
     project.edit('gemmgan_nb/wgan_gp.py', 'return -fake.mean()', 'return -1.0*fake.mean()')
-    assert project.stale() == {'fit_gemmgan', 'evaluate_gemmgan', 'tables'}
+    assert project.stale() == {'fit_gemmgan', 'evaluate_gemmgan', 'tables', 'report'}
     project.edit('gemmgan_nb/wgan_gp.py', 'return -1.0*fake.mean()', 'return -fake.mean()')
 
 
