@@ -91,3 +91,21 @@ def test_a_compiled_network_computes_the_same_and_keeps_its_names():
     (plain, names), (compiled, same) = iterations('off'), iterations('on')
     assert compiled == pytest.approx(plain, rel=1e-4) and names == same
     assert not torch._dynamo.utils.counters['graph_break']
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('budget', [dict(precision='fp32', compile='off'), dict(precision='bf16', compile='off'), dict()])
+def test_on_a_gpu_the_condition_is_the_same_and_training_stays_finite(budget):
+    models = {}
+    for device in ('cpu', 'cuda'):
+        model = models[device] = WGAN(ModelSpec('gemmgan', 'GeMM-GAN', ('image', 'text')), Budget(batch=8, dim=16, hidden=16, latent=8, dropout=0., **budget), device=device)
+        model.about = dict(labels=None); model._build(dict(patch_dim=20, token_dim=10, genes=50))
+    models['cuda'].g.load_state_dict(models['cpu'].g.state_dict())
+    g = torch.Generator().manual_seed(0)
+    bag = lambda n, width: (torch.randn(8, n, width, generator=g), torch.arange(n) < torch.randint(n//2, n + 1, (8, 1), generator=g))
+    batch = Batch(torch.randn(8, 50, generator=g), *bag(12, 20), *bag(9, 10))
+    there = Batch(*(v.cuda() for v in vars(batch).values() if v is not None))
+    with torch.no_grad(), models['cuda'].cast(): cond = models['cuda'].conditions(models['cuda'].g, there)
+    with torch.no_grad(): torch.testing.assert_close(cond.float().cpu(), models['cpu'].conditions(models['cpu'].g, batch), rtol=5e-2, atol=5e-2)
+    stream = torch.Generator('cuda').manual_seed(1)
+    assert all(torch.isfinite(v) for _ in range(5) for v in models['cuda'].iteration(lambda: there, stream).values())
