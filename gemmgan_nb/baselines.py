@@ -683,6 +683,7 @@ class Denoising(Network):
     "A denoising head over the fusion network; a subclass gives `path`, `heun`, `miss` and `velocity`."
     OPTIONS, CHOICES = dict(sampling_steps=40, levels=4, shift=0., guidance=1., target='v'), {}     # steps of a walk, mixtures a case and step, shift (0: genes^1/4), guidance, what is learned
     cast, portions, conditions, heun = WGAN.cast, WGAN.portions, WGAN.conditions, False
+    begins_blank = True     # its first weights draw plain noise, whatever the condition
     def __init__(self, *given, **named):  # as `Network`; `switches` may hold the options too
         super().__init__(*given, **named); check_head(self)
     def option(self, name: str):  # a key of OPTIONS

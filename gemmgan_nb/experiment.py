@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from .ablations import VARIANTS
-from .baselines import Denoising, real_halves
+from .baselines import real_halves
 from .condition import (attainable_correlation, by_metric, calibration_rows, condition_test, counts_of, crps_cases, pack_card, reliability_rows, seen_under,
                                   spread_ratio, thin, views_of)
 from .data import Cohort, Scaler
@@ -179,7 +179,7 @@ def realism(model, cohort: Cohort, run: int, as_coded: bool = True) -> dict:  # 
 # %% ../nbs/22_experiment.ipynb #c021
 def untrained_twin(model):  # a fitted row
     "The same network with its first weights; None for a row that has none, and for a denoiser, whose first weights draw plain noise."
-    if not isinstance(model, Network) or isinstance(model, Denoising): return None
+    if not isinstance(model, Network) or getattr(model, 'begins_blank', False): return None
     twin = copy.copy(model); twin._build(model.sizes, seed=1)
     return twin
 

@@ -199,8 +199,8 @@ class Direct:
         v = self.levels[0]
         self.keep = min(2*max(v.columns, -(-v.height//v.tile_h)) + 6, max(4, self.KEEP//(3*v.tile_w*v.tile_h)))
     def _memory(self, level):
-        while len(self.tiles) >= self.keep and not next(iter(self.tiles.values())).users:
-            (of, _), left = self.tiles.popitem(last=False); self.spare.setdefault(of, []).append(left.memory)
+        for of, i in [k for k, kept in self.tiles.items() if not kept.users][:max(0, len(self.tiles) - self.keep + 1)]:
+            self.spare.setdefault(of, []).append(self.tiles.pop((of, i)).memory)
         v, spare = self.levels[level], self.spare.get(level)
         return spare.pop() if spare else np.empty((v.tile_h, v.tile_w, 3), np.uint8)
     def tile(self, level, i):
