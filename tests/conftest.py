@@ -1,6 +1,9 @@
 """What several test files share."""
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,3 +18,25 @@ def browser():
         opened = p.chromium.launch(executable_path=path, args=['--no-sandbox'] if os.geteuid() == 0 else [])
         yield opened
         opened.close()
+
+
+# /proc's own peak of the process: ru_maxrss begins with the parent's
+PEAK = "def peak(): return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))*1024\n"
+
+
+@pytest.fixture
+def in_a_process_of_its_own():
+    "Run code that may ask for its peak() memory in bytes, on one thread; what it prints comes back."
+    if not Path('/proc/self/status').exists(): pytest.skip('peak memory is read from /proc')
+    def run(code, *args):
+        done = subprocess.run([sys.executable, '-c', PEAK + code, *map(str, args)], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+    return run
+
+
+@pytest.fixture(scope='session')
+def tiny_place(tmp_path_factory):
+    "A run on drawn slides, fitted in seconds: cohort, tiles, features, and one checkpoint. Copy what you change."
+    from gemmgan_nb.generate import tiny_run
+    return tiny_run(tmp_path_factory.mktemp('runs')/'tiny', steps=60)

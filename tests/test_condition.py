@@ -1,6 +1,4 @@
 """Does the condition matter: every score against brute force or a known value, and real tables as a cohort."""
-import resource
-import time
 from pathlib import Path
 
 import anndata as ad
@@ -103,10 +101,9 @@ def test_bootstrap_equals_repeated_rows_and_draws_whole_patients():
         assert found[b].item() == pytest.approx(gene_correlation(pred[rows], real[rows]).mean().item(), abs=1e-9)
 
 
-def test_bootstrap_of_the_tables_is_fast():
-    pred, real, w = normal('p', 300, 2000).float(), normal('r', 300, 2000).float(), bootstrap_weights(300, 1000)
-    start = time.process_time(); found = bootstrap_correlation(pred, real, w)
-    assert time.process_time() - start < 8 and found.shape == (1000,) and abs(found.mean()) < .02
+def test_bootstrap_at_the_size_of_the_tables():
+    found = bootstrap_correlation(normal('p', 300, 2000).float(), normal('r', 300, 2000).float(), bootstrap_weights(300, 1000))
+    assert found.shape == (1000,) and abs(found.mean()) < .02
 
 
 def test_bootstrap_interval_covers_the_known_value():
@@ -139,11 +136,15 @@ def test_depth_is_not_taken_for_attainable():
     assert attainable_correlation(flat, reads).mean() < .15
 
 
-def test_one_view_stays_small_and_quick():
-    samples, real = torch.randn(8, 120, 6000, generator=torch_rng(0)), torch.randn(120, 6000, generator=torch_rng(1))
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    condition_scores(samples, real)
-    assert time.process_time() - start < 6 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000   # kB
+VIEW = """
+import torch
+from gemmgan_nb.condition import condition_scores
+from gemmgan_nb.workspace import torch_rng
+samples, real = torch.empty(32, 120, 6000).normal_(generator=torch_rng(0)), torch.empty(120, 6000).normal_(generator=torch_rng(1))
+before = peak(); condition_scores(samples, real); print((peak() - before)/samples.nbytes)
+"""
+
+def test_one_view_stays_small(in_a_process_of_its_own): assert float(in_a_process_of_its_own(VIEW)) < 2.5
 
 
 # ---- a cohort of one's own

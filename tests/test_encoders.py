@@ -1,7 +1,6 @@
 """Encoders, their gated loaders on tiny networks in the hub's formats, feature files of others, overlap, resume, bad input."""
 import socket
 import threading
-import time
 import warnings
 from pathlib import Path
 

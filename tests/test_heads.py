@@ -14,8 +14,8 @@ from gemmgan_nb import baselines as B
 from gemmgan_nb.condition import gene_correlation, spread_ratio
 from gemmgan_nb.data import Cohort, LeakError, pack, write_cohort
 from gemmgan_nb.training import WGAN, Feed, ModelSpec, load_network, ready, train_network
-from gemmgan_nb.workspace import read_json, rng, torch_rng
-from test_rows import BOTH, FUSION, LABELS, SMALL, sides, toy
+from gemmgan_nb.workspace import rng, torch_rng
+from test_rows import BOTH, FUSION, LABELS, SMALL, keeps_the_protocol, sides, toy
 
 ROWS = {'diffusion': (B.DiffusionHead, BOTH, FUSION), 'diffusion, linear': (B.DiffusionHead, BOTH, FUSION | dict(schedule='linear')), 'diffusion, x0': (B.DiffusionHead, BOTH, FUSION | dict(target='x0')),
         'diffusion, image': (B.DiffusionHead, ('image',), FUSION), 'diffusion, labels': (B.DiffusionHead, LABELS), 'diffusion, blind': (B.DiffusionHead,),
@@ -32,19 +32,11 @@ def make(kind, uses=(), switches=None, **budget):
 
 @pytest.mark.parametrize('name', ROWS)
 def test_protocol(name, tmp_path):
-    train, val, test = sides(toy())
-    model, twin = make(*ROWS[name]), make(*ROWS[name])
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    model.fit(train, val, seed=3); twin.fit(train, val, seed=3)
-    drawn = model.sample(test, 3, seed=5)
-    assert drawn.shape == (3, len(test), 12) and drawn.dtype == torch.float32 and drawn.isfinite().all()
-    assert torch.equal(drawn, twin.sample(test, 3, seed=5)) and not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn, model.sample(test, 3, seed=6))
-    assert (torch.get_rng_state() == before[0]).all() and (np.random.get_state()[1] == before[1]).all()
-    model.save(tmp_path)
-    assert torch.equal(type(model).load(tmp_path).sample(test, 3, seed=5), drawn)
-    assert set(read_json(tmp_path/'config.json')['about']['cases']) == set(train.obs.index)
+    keeps_the_protocol(lambda: make(*ROWS[name]), tmp_path)
+    train, val, _ = sides(toy())
     with pytest.raises(LeakError): make(*ROWS[name]).fit(toy().split('train', 'test'), val, 0)
-    with pytest.raises(ValueError, match='holds a'): (load_network if hasattr(model, 'parts') else B.load_arrays)(WGAN if hasattr(model, 'parts') else B.Noise, tmp_path)
+    kind = ROWS[name][0]
+    with pytest.raises(ValueError, match='holds a'): (load_network if hasattr(kind, 'parts') else B.load_arrays)(WGAN if hasattr(kind, 'parts') else B.Noise, tmp_path)
 
 
 @pytest.mark.parametrize('kind', [*HEADS, B.TopTiles])

@@ -26,13 +26,13 @@ ROOT = Path(__file__).parents[1]
 
 class Project:
     "A copy of the project in which a test may break things."
-    def __init__(self, folder):
-        self.folder, self.run = folder, folder/'runs'/'tiny'
+    def __init__(self, folder, profile='tiny'):
+        self.folder, self.profile, self.run = folder, profile, folder/'runs'/profile
         for name in ('nbs', 'gemmgan_nb', 'workflow', 'data_manifest'):
             shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
         self.env = os.environ | dict(PYTHONPATH=str(folder))
 
-    def command(self, *words): return [sys.executable, '-m', 'gemmgan_nb.reproduce', words[0], '--profile', 'tiny', *words[1:]]
+    def command(self, *words): return [sys.executable, '-m', 'gemmgan_nb.reproduce', words[0], '--profile', self.profile, *words[1:]]
 
     def __call__(self, *words):
         ran = subprocess.run(self.command(*words), cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=600)

@@ -1,5 +1,4 @@
 """The audit must catch a planted memoriser and clear a fresh real sample; and it must be able to see single copies, one type, and the text."""
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -135,10 +134,10 @@ def test_a_model_is_audited_on_its_own_cohort_one_case_a_patient(cohort):
     with pytest.raises(ValueError, match='does not know'): privacy_rows(model(groups=['p0']), cohort)
 
 
-def test_wide_profiles_take_seconds():
+def test_profiles_of_the_papers_width():
     fake, train, holdout = (torch.empty(n, 18868).normal_(generator=torch_rng(n)) for n in (301, 300, 100))
-    began = time.process_time(); privacy_panel(fake, train, holdout, draws=50)
-    assert time.process_time() - began < 10
+    found = privacy_panel(fake, train, holdout, draws=50)
+    assert found['mia_null_low'] < found['mia_distance_auc'] < found['mia_null_high'] and found['dcr_share_null_low'] < found['dcr_share'] < found['dcr_share_null_high']
 
 
 @real_tables

@@ -53,21 +53,24 @@ POINT = ('train mean', 'class mean')
 every_row = pytest.mark.parametrize('name', ROWS)
 
 
-@every_row
-def test_protocol(name, tmp_path):
+def keeps_the_protocol(new, folder, point=False):
+    """Fit, draw, save and load; `new()` makes the row, `point` says that it draws the same profile each time."""
     train, val, test = sides(toy())
-    model, twin = make(*ROWS[name]), make(*ROWS[name])
+    model, twin = new(), new()
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     model.fit(train, val, seed=3); twin.fit(train, val, seed=3)
     drawn = model.sample(test, 3, seed=5)
     assert drawn.shape == (3, len(test), 12) and drawn.dtype == torch.float32 and drawn.isfinite().all()
     assert torch.equal(drawn, model.sample(test, 3, seed=5)) and torch.equal(drawn, twin.sample(test, 3, seed=5))
     assert (torch.get_rng_state() == before[0]).all() and (np.random.get_state()[1] == before[1]).all()
-    assert torch.equal(drawn[0], drawn[1]) == (name in POINT)
-    if name not in POINT: assert not torch.equal(drawn, model.sample(test, 3, seed=6))
-    model.save(tmp_path)
-    assert torch.equal(type(model).load(tmp_path).sample(test, 3, seed=5), drawn)
-    assert set(read_json(tmp_path/'config.json')['about']['cases']) == set(train.obs.index)
+    assert torch.equal(drawn[0], drawn[1]) == point == torch.equal(drawn, model.sample(test, 3, seed=6))
+    model.save(folder)
+    assert torch.equal(type(model).load(folder).sample(test, 3, seed=5), drawn)
+    assert set(read_json(folder/'config.json')['about']['cases']) == set(train.obs.index)
+
+
+@every_row
+def test_protocol(name, tmp_path): keeps_the_protocol(lambda: make(*ROWS[name]), tmp_path, name in POINT)
 
 
 @every_row
