@@ -6,6 +6,7 @@
 __all__ = ['timed', 'matmul_rate', 'copy_rate']
 
 # %% ../nbs/27_benchmarks.ipynb #c002
+import ctypes
 import gc
 import threading
 import time
@@ -19,7 +20,7 @@ def timed(run,              # called without arguments
          ) -> tuple[float, float, float]:  # seconds of the fastest; GiB above the start, and in all, at the highest
     "Runs something `1 + repeats` times."
     me, peak, over, wait = psutil.Process(), [0], threading.Event(), torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    gc.collect(); start = me.memory_info().rss
+    gc.collect(); _give_back(); start = me.memory_info().rss
     def watch():
         while not over.wait(.01): peak[0] = max(peak[0], me.memory_info().rss)
     watcher = threading.Thread(target=watch, daemon=True); watcher.start()
@@ -27,6 +28,11 @@ def timed(run,              # called without arguments
     for _ in range(1 + repeats): begun = time.perf_counter(); run(); wait(); seconds.append(time.perf_counter() - begun)
     over.set(); watcher.join()
     return min(seconds[1:] or seconds), max(0, peak[0] - start)/2**30, max(start, peak[0])/2**30
+
+def _give_back():
+    "Freed memory that the C library keeps would hide what the next run takes."
+    try: ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError): pass      # not glibc
 
 # %% ../nbs/27_benchmarks.ipynb #c010
 def matmul_rate(device='cpu', dtype=torch.float32) -> float:  # where, and in which numbers

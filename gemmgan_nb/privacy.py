@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .data import only_side
-from .metrics import detection_scores
+from .metrics import TooFew, detection_scores
 from .training import refuse_seen
 from .workspace import rng
 
@@ -40,9 +40,9 @@ def closest_records(fake: Tensor,       # (n, genes) generated profiles
                     repeats: int = 20,  # draws that match the sizes
                     exchanges: int = 200 # for the band
                    ) -> dict:           # dcr_share (with its _null_low, _null_high), dcr_ratio, dcr_ratio_closest, nndr, nndr_holdout: see MEANING
-    "Distance to the closest record and nearest-neighbour distance ratio against a hold-out of the same size. Raises ValueError on fewer than 4 patients a side."
+    "Distance to the closest record and nearest-neighbour distance ratio against a hold-out of the same size. Raises TooFew on fewer than 4 patients a side."
     n, m = len(train), len(holdout); size, draw, found = min(n, m), rng(seed, 'closest'), []
-    if size < 4: raise ValueError(f'{n} training and {m} held-out patients: too few for neighbours. Give at least 4 of each.')
+    if size < 4: raise TooFew(f'{n} training and {m} held-out patients: too few for neighbours. Give at least 4 of each.')
     d = squared_distances(fake, torch.cat([torch.as_tensor(train), torch.as_tensor(holdout)])).sqrt()
     share = lambda t, h: ((t < h).double() + .5*(t == h).double()).mean().item()
     for _ in range(repeats):
@@ -190,7 +190,7 @@ def privacy_panel(fake: Tensor,           # (n, genes) generated profiles; of a 
                   components: int = 16,   # axes of the density attack, fitted on the generated profiles alone
                   draws: int = 1000       # bootstrap samples
                  ) -> dict:               # metric -> value; MEANING says what each is, `explained` shows it
-    "The privacy audit, in z-scores of the training cases. Cost: n (cases of all sides) genes. Raises ValueError on too few patients."
+    "The privacy audit, in z-scores of the training cases. Cost: n (cases of all sides) genes. Raises TooFew on too few patients."
     found = closest_records(fake, train, holdout, seed)
     types = None if types is None else [np.asarray(t).astype(str) for t in types]
     if reference is None:
