@@ -166,6 +166,7 @@ SWITCHES = dict(instance_of='spot',       # 'spot': obs has coordinates; 'case':
                 group=.8,                 # weight of the group-level loss (article: 0.8); 0: none
                 tau=.07, tau_group=.1,    # temperatures (article: 0.07 both; authors' code: 0.1 for groups)
                 groups=8,                 # k of a batch (article: 18 to 90 of 256)
+                hide=0.,                  # share of a profile's genes hidden at each step, so that it is harder to know by heart
                 detach=True,              # the soft target is no path of descent
                 own_heads=0.,             # TRIPLEX's alpha: a head at each scale, 0.3 of its target the fused prediction; 0: one head
                 smooth=True,              # spots: training and validation targets are means over 3 x 3 spots
@@ -241,14 +242,15 @@ class GeneEncoder(nn.Module):
     def __init__(self,
                  genes: int,         # length of a profile
                  dim: int,           # width of the common space
-                 dropout: float):    # of profile and second map
-        super().__init__()
+                 dropout: float,     # of profile and second map
+                 hide: float = 0.):  # share of the genes that a training step hides besides
+        super().__init__(); self.hide = hide
         self.first, self.second, self.norm, self.drop = nn.Linear(genes, dim), nn.Linear(dim, dim), nn.LayerNorm(dim), nn.Dropout(dropout)
     def forward(self,
                 x: Tensor    # (b, genes) z-scored expression
                ) -> Tensor:  # (b, dim)
         "The vector of each profile."
-        h = self.first(self.drop(x))
+        h = self.first(self.drop(F.dropout(x, self.hide, self.training)))
         return self.norm(h + self.drop(self.second(F.gelu(h))))
 
 # %% ../nbs/21_gene_dml.ipynb #c045
@@ -262,7 +264,7 @@ class MultiScale(nn.Module):
         self.text, self.fuse = nn.Linear(token_dim, b.dim) if token_dim else None, Layer(b.dim, b.heads, dropout=b.dropout)
         self.head = mlp(b.dim, b.hidden, genes, b.slope) if s['head'] else None
         self.heads = nn.ModuleList([mlp(b.dim, b.hidden, genes, b.slope) for _ in self.names]) if s['own_heads'] else None
-        self.gene, self.meet = GeneEncoder(genes, b.dim, b.dropout), nn.Linear(b.dim, b.dim)
+        self.gene, self.meet = GeneEncoder(genes, b.dim, b.dropout, s['hide']), nn.Linear(b.dim, b.dim)
         for name, shape in dict(residual=(errors, genes), keys=(memory, b.dim), profiles=(memory, genes), nearest=(1,)).items(): self.register_buffer(name, torch.zeros(shape))
     def forward(self,
                 batch           # a `Batch`: patches and tokens of some cases
@@ -377,7 +379,7 @@ def errors(residual: Tensor, n: int, b: int, stream) -> Tensor:  # (cases, genes
     share, normal = shrinkage(X.cpu().numpy()), lambda k: torch.randn(n, b, k, generator=stream, device=residual.device)
     return size*((1 - share)**.5*(normal(len(X)) @ X)/len(X)**.5 + share**.5*normal(X.shape[1]))
 
-# %% ../nbs/21_gene_dml.ipynb #c074
+# %% ../nbs/21_gene_dml.ipynb #c078
 def top_genes(pred: Tensor,    # (spots, genes) predictions for validation spots
               val: Cohort,     # the validation spots
               k: int = 50      # how many genes (article: 50)

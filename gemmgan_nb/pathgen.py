@@ -10,7 +10,9 @@ __all__ = ['CORRECTED', 'AS_DESCRIBED', 'PRESETS', 'ARMS', 'read_groups', 'group
            'Patients', 'patients_of', 'OutcomeHead', 'head_loss', 'train_head', 'told', 'arm_genes', 'run_arms',
            'lifelines', 'c_index', 'macro_auc', 'survival_brier', 'outcome_scores', 'some', 'patient_draws',
            'outcome_draws', 'with_intervals', 'tost', 'conformal_limit', 'conformal_sets', 'conformal_intervals',
-           'coverage_band', 'set_report', 'by_subgroup', 'co_attention', 'read_porpoise', 'expression_to_survival']
+           'set_report', 'by_subgroup', 'co_attention', 'plot_co_attention', 'read_porpoise', 'Teller',
+           'expression_to_survival', 'with_records', 'told_by_others', 'fold_scores', 'comparable', 'left_out_pairs',
+           'pair_scores']
 
 # %% ../nbs/20_pathgen.ipynb #c002
 import csv
@@ -22,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import betabinom, rankdata
+from scipy.stats import rankdata
 from sklearn.cluster import KMeans
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
@@ -32,9 +34,10 @@ from .baselines import GatedAttention
 from .condition import gene_correlation, spread_ratio
 from .cross_attention import Attention, Dropout, Layer, attention_weights
 from .data import Cohort, Fitted, Scaler, fit_on_training, only_training, only_validation, split_by_patient
+from .metrics import read_sets
 from .training import Batch, Budget, Network, descend, feature_scale, known, optimiser, ready, train_network
 from .simulation import drivers
-from .workspace import rng, torch_rng
+from .workspace import figure, rng, torch_rng
 
 # %% ../nbs/20_pathgen.ipynb #c005
 def read_groups(path: str | Path  # a .csv (one column a group, its name on top) or a .gmt (name, note, symbols; tab-separated)
@@ -43,11 +46,10 @@ def read_groups(path: str | Path  # a .csv (one column a group, its name on top)
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'There is no group file {path}. Give a CSV with one column a group, or a GMT; or set groups to a number, and groups are made from training cases.')
     if path.suffix.lower() not in ('.csv', '.gmt'): raise ValueError(f'{path.name} is neither .csv nor .gmt. Expected one column a group, or lines of name, note and symbols.')
-    with open(path, newline='', encoding='utf-8-sig') as f: rows = list(csv.reader(f, delimiter=',' if path.suffix.lower() == '.csv' else '\t'))
-    rows = [[v.strip() for v in r] for r in rows if any(v.strip() for v in r)]
-    if path.suffix.lower() == '.gmt': found = {r[0]: r[2:] for r in rows}
-    else: found = {name: [r[i] for r in rows[1:] if i < len(r)] for i, name in enumerate(rows[0] if rows else []) if name}
-    found = {k: list(dict.fromkeys(s for s in v if s)) for k, v in found.items()}
+    if path.suffix.lower() == '.gmt': found = read_sets(path)
+    else:
+        with open(path, newline='', encoding='utf-8-sig') as f: rows = [[v.strip() for v in r] for r in csv.reader(f) if any(v.strip() for v in r)]
+        found = {name: list(dict.fromkeys(r[i] for r in rows[1:] if i < len(r) and r[i])) for i, name in enumerate(rows[0] if rows else []) if name}
     if empty := [k for k, v in found.items() if not v] or ([] if found else ['the file']): raise ValueError(f'{path.name}: {empty[0]} holds no symbols.')
     return found
 
@@ -551,17 +553,18 @@ def run_arms(model,                # a fitted row
              codes: list[int],     # (genes,) group of each gene
              arms: tuple = ARMS,   # which
              seed: int = 0,        # of heads and draws
-             steps: int = 120      # of each head
-            ) -> dict:             # (arm, side) -> (Patients, frame of `told`), sides cal and test
+             steps: int = 120,     # of each head
+             sides: tuple = ('cal', 'test')  # who is asked about
+            ) -> dict:             # (arm, side) -> (Patients, frame of `told`)
     "Trains the two heads on training cases and asks them about the others under every arm."
-    side = {s: cohort.split(s) for s in ('train', 'val', 'cal', 'test')}; scale = feature_scale(only_training(side['train'], 'The scale of patches').patches)
+    side = {s: cohort.split(s) for s in ('train', 'val', *sides)}; scale = feature_scale(only_training(side['train'], 'The scale of patches').patches)
     edges, heads, out = time_bins(*truth.loc[side['train'].obs.index, ['months', 'event']].to_numpy().T), {}, {}
     make = lambda s, arm: patients_of(side[s], truth, scale, arm_genes(model, side[s], arm, seed), seed=seed)
     for arm in arms:
         if (kind := 'image' if arm == 'image' else '+ real') not in heads:
-            with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); heads[kind] = OutcomeHead(len(scale[0]), None if arm == 'image' else codes, grades=int(truth.grade.max()) + 1)
+            with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); heads[kind] = OutcomeHead(len(scale[0]), None if arm == 'image' else codes, grades=max(2, int(truth.grade.max()) + 1))
             train_head(heads[kind], make('train', kind), make('val', kind), edges, steps, seed=seed)
-        for s in ('cal', 'test'): p = make(s, arm); out[arm, s] = p, told(heads[kind], p)
+        for s in sides: p = make(s, arm); out[arm, s] = p, told(heads[kind], p)
     return out
 
 # %% ../nbs/20_pathgen.ipynb #c083
@@ -690,16 +693,6 @@ def conformal_intervals(cal_guess: np.ndarray,   # (calibration cases, ...)
     return guess - limit, guess + limit
 
 # %% ../nbs/20_pathgen.ipynb #c099
-def coverage_band(n_cal: int,               # independent calibration cases
-                  n_test: int,              # independent test cases
-                  alpha: float = .1,        # share that may be missed
-                  level: float = .95        # how often coverage falls into the band
-                 ) -> tuple[float, float]:
-    "Where the coverage of test cases falls by chance, when the promise is kept."
-    k = int(np.ceil((n_cal + 1)*(1 - alpha)))
-    if k > n_cal: return 1., 1.
-    return tuple(float(betabinom.ppf(q, n_test, k, n_cal + 1 - k)/n_test) for q in ((1 - level)/2, (1 + level)/2))
-
 def set_report(sets: np.ndarray,   # (cases, classes) of `conformal_sets`
                grade: np.ndarray   # (cases,) the truth
               ) -> dict:           # coverage, mean size, share of empty sets and of sets with everything
@@ -721,7 +714,7 @@ def by_subgroup(table: pd.DataFrame,   # a row a case: patient, months, event, r
         of = pd.qcut(table[c], 3, duplicates='drop').map(lambda v: f'{v.left:.0f} to {v.right:.0f}') if table[c].dtype.kind == 'f' else table[c].astype(str)
         for k in of.unique():
             t = table[(of == k).to_numpy()]; drawn_ = np.array([scores(t.iloc[at]) for at in patient_draws(t.patient.to_numpy(str), n, seed)])
-            low, high = np.nanquantile(drawn_, [.025, .975], 0) if np.isfinite(drawn_).any(0).all() else np.full((2, 3), np.nan)
+            low, high = np.array([np.nanquantile(v, [.025, .975]) if np.isfinite(v).any() else [np.nan]*2 for v in drawn_.T]).T
             rows[c, k] = dict(n=len(t)) | {name: f'{v:.2f} [{a:.2f}, {b:.2f}]' for name, v, a, b in zip(('error', 'coverage', 'c_index'), scores(t), low, high, strict=True)}
     return pd.DataFrame(rows).T.sort_index()
 
@@ -735,6 +728,25 @@ def co_attention(head: OutcomeHead,  # trained
     return attention_weights(head.co, head.questions(p), head.lens(p.patches), p.mask)[:, 0]
 
 # %% ../nbs/20_pathgen.ipynb #c114
+def plot_co_attention(picture: np.ndarray,  # (h, w, 3) uint8, the slide
+                      places: np.ndarray,   # (rows, 2) top-left corner x, y of each patch, in pixels of the picture
+                      side: int,            # edge of a patch, in the same pixels
+                      maps: dict            # title -> (rows,) shares of one group of genes, of `co_attention`
+                     ):                     # the figure
+    "The slide, and on it where each map looks. Raises ValueError where patches and shares do not match."
+    for title, share in maps.items():
+        if len(share) != len(places): raise ValueError(f'{title}: {len(share)} shares for {len(places)} patches. Give the places of the patches that the head saw, in their order.')
+    fig, axs = figure(1, len(maps) + 1, height=2.3); axs[0].imshow(picture); axs[0].set_title('slide', fontsize=9)
+    for ax, (title, share) in zip(axs[1:], maps.items(), strict=True):
+        shown = np.full(picture.shape[:2], np.nan)
+        for (x, y), w in zip(places, share, strict=True): shown[y:y + side, x:x + side] = float(w)*len(places)
+        ax.imshow(picture.mean(-1), cmap='gray', vmin=-200, vmax=255); ax.set_title(title, fontsize=9)
+        drawn_ = ax.imshow(shown, alpha=.65*np.isfinite(shown), vmin=0, vmax=3, cmap='magma')
+    for ax in axs: ax.axis('off')
+    fig.colorbar(drawn_, ax=axs[1:], shrink=.8, label='times the even share')
+    return fig
+
+# %% ../nbs/20_pathgen.ipynb #c118
 def read_porpoise(path: str | Path          # a `*_all_clean.csv`, or the same zipped
                  ) -> tuple[pd.DataFrame, pd.DataFrame]:  # expression (patient, symbol), arcsinh of z-scores; outcomes: months, event, grade (-1), age, female
     "One row a patient. Raises ValueError for a table without survival or expression."
@@ -747,7 +759,25 @@ def read_porpoise(path: str | Path          # a `*_all_clean.csv`, or the same z
     check_followup(out.months, out.event)
     return np.arcsinh(genes.dropna(axis=1)).rename(columns=lambda c: c.removesuffix('_rnaseq')), out
 
-# %% ../nbs/20_pathgen.ipynb #c115
+# %% ../nbs/20_pathgen.ipynb #c119
+class Teller:
+    "A head without slides, taught by a cohort's training patients and chosen by its validation patients."
+    def __init__(self,
+                 cohort: Cohort,        # with sides
+                 truth: pd.DataFrame,   # index case_id; months, event, grade (-1: none)
+                 codes: list[int],      # (genes,) group of each gene
+                 seed: int = 0,         # of the head
+                 steps: int = 60):      # of the head
+        train = cohort.split('train'); self.cohort, self.truth, self.scaler, self.seed = cohort, truth, Scaler.fit(train), seed
+        edges = time_bins(*truth.loc[train.obs.index, ['months', 'event']].to_numpy().T)
+        with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); self.head = OutcomeHead(None, codes, grades=max(2, int(truth.grade.max()) + 1))
+        train_head(self.head, self.patients('train'), self.patients('val'), edges, steps, seed=seed)
+    def patients(self, *sides: str, arm: str = '+ real'):  # train, val, cal, test; of `ARMS`, but those that need a slide
+        "What an arm feeds of the patients on some sides, cut at five deviations."
+        cases = self.cohort.split(*sides)
+        return patients_of(cases, self.truth, None, arm_genes(self, cases, arm, self.seed).clip(-5, 5))
+
+# %% ../nbs/20_pathgen.ipynb #c120
 def expression_to_survival(genes: pd.DataFrame,   # of `read_porpoise`
                            truth: pd.DataFrame,   # its outcomes
                            codes: list[int],      # (genes,) group of each gene
@@ -756,8 +786,105 @@ def expression_to_survival(genes: pd.DataFrame,   # of `read_porpoise`
                           ) -> tuple[Patients, pd.DataFrame]:  # test patients, what the head told of them
     "A head without slides, trained on 60 % of the patients, selected on 10 %, asked about the rest."
     obs = pd.DataFrame(dict(group=genes.index, split=split_by_patient(list(genes.index), list(truth.event.astype(str)), seed)), index=genes.index)
-    cohort = Cohort.of(genes.to_numpy(), obs); scaler = Scaler.fit(cohort.split('train')); edges = time_bins(*truth.loc[cohort.split('train').obs.index, ['months', 'event']].to_numpy().T)
-    make = lambda *s: patients_of(cohort.split(*s), truth, None, scaler.transform(cohort.split(*s).X).clip(-5, 5))
-    with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); head = OutcomeHead(None, codes)
-    train_head(head, make('train'), make('val'), edges, steps, seed=seed); p = make('cal', 'test')
-    return p, told(head, p)
+    t = Teller(Cohort.of(genes.to_numpy(), obs), truth, codes, seed, steps); p = t.patients('cal', 'test')
+    return p, told(t.head, p)
+
+# %% ../nbs/20_pathgen.ipynb #c123
+def with_records(truth: pd.DataFrame,         # of `read_porpoise`, index patient
+                 path: str | Path,            # samples of cognoma, tab-separated, may be gzipped
+                 defined: dict | None = None  # acronym -> grade of a disease whose name says it, e.g. dict(GBM='G4'); None: records alone
+                ) -> pd.DataFrame:            # truth with grade 0, 1, ... (-1: none; names in attrs['grades']), and race
+    "Outcomes with the grade and race that a clinical table records. Raises FileNotFoundError, and ValueError where the table or its grades are missing."
+    if not Path(path).exists(): raise FileNotFoundError(f'There is no table {path}. Expected the samples of cognoma: patient_id, acronym, histological_grade and race, tab-separated.')
+    t = pd.read_csv(path, sep='\t', dtype=str)
+    if lost := {'patient_id', 'acronym', 'histological_grade', 'race'} - set(t): raise ValueError(f'{Path(path).name} has no column {", ".join(sorted(lost))}. Expected the samples of cognoma, tab-separated.')
+    t = t[t.patient_id.isin(truth.index)]; known_ = lambda v: v.where(~v.str.match(r'\[|GX|GB', na=True))
+    once = lambda v: v.iloc[0] if v.nunique() == 1 else None      # two records that differ are none
+    told_ = [g if isinstance(g, str) else (defined or {}).get(a) for g, a in zip(known_(t.histological_grade), t.acronym, strict=True)]
+    grade = pd.Series(told_, t.patient_id, object).dropna().groupby(level=0).agg(once).reindex(truth.index)
+    if grade.isna().all(): raise ValueError(f'None of the {len(truth)} patients has a grade in {Path(path).name}; it knows {t.patient_id.nunique()} of them, of {", ".join(sorted(t.acronym.dropna().unique())) or "no disease"}. BRCA has none there: ask for survival alone.')
+    names = sorted(grade.dropna().unique()); out = truth.assign(grade=grade.map({k: i for i, k in enumerate(names)}).fillna(-1).astype(int))
+    out['race'] = known_(t.race).dropna().groupby(t.patient_id).agg(once).reindex(truth.index).fillna('not recorded'); out.attrs['grades'] = names
+    return out
+
+# %% ../nbs/20_pathgen.ipynb #c126
+def told_by_others(genes: pd.DataFrame,   # (patients, genes) of `read_porpoise`
+                   truth: pd.DataFrame,   # of `with_records`, in the same order
+                   codes: list[int],      # (genes,) group of each gene; all 0: no groups
+                   arms: tuple = ('+ real', '+ noise', '+ mean'),  # what the heads are fed
+                   folds: int = 5,        # of patients, even in grade and event
+                   seed: int = 0,         # of folds, sides and heads
+                   steps: int = 60,       # of each head
+                   alpha: float = .1      # share that a set of grades may miss
+                  ) -> pd.DataFrame:      # arm, fold, patient, months, event, grade, what the head told, and covered, size of the set (nan without a grade)
+    "Every patient told by a head that has not seen him, under every arm."
+    names, strata, out = list(genes.index), [f'{g} {e}' for g, e in zip(truth.grade, truth.event, strict=True)], []
+    fold = split_by_patient(names, strata, seed, {k: 1/folds for k in range(folds)})
+    for k in range(folds):
+        rest, side = np.flatnonzero(fold != k), np.full(len(names), 'test', object)
+        side[rest] = split_by_patient([names[i] for i in rest], [strata[i] for i in rest], seed + k, dict(train=.7, val=.1, cal=.2))
+        t = Teller(Cohort.of(genes.to_numpy(), pd.DataFrame(dict(group=names, split=side), index=names)), truth, codes, seed + k, steps)
+        for arm in arms:
+            (c, a), (p, b) = ((q, told(t.head, q)) for q in (t.patients(s, arm=arm) for s in ('cal', 'test'))); chance = [x.filter(like='grade').to_numpy() for x in (a, b)]; has = c.grade >= 0
+            sets = conformal_sets(chance[0][has], c.grade[has], chance[1], alpha) if has.any() else np.ones_like(chance[1], bool)
+            inside = np.where(p.grade >= 0, sets[np.arange(len(sets)), p.grade], np.nan)
+            out.append(b.round(6).assign(arm=arm, fold=k, patient=p.group, months=p.months, event=p.event, grade=p.grade, covered=inside, size=sets.sum(1)))
+    return pd.concat(out, ignore_index=True)
+
+# %% ../nbs/20_pathgen.ipynb #c127
+def fold_scores(said: pd.DataFrame,   # of `told_by_others`
+                n: int = 200,         # bootstrap draws of patients, within folds
+                seed: int = 0         # of the draws
+               ) -> pd.DataFrame:     # arm: n (patients with a grade), grade_auc and c_index as 'value [low, high]', coverage
+    "Macro AUC and C-index as means over folds, with the intervals that drawing patients gives (not other heads)."
+    def scores(t):
+        each = np.array([(macro_auc(f.grade.to_numpy(), f.filter(regex=r'^grade\d').to_numpy()), c_index(f.months, f.event, f.risk)) for _, f in t.groupby('fold')])
+        return [v[np.isfinite(v)].mean() if np.isfinite(v).any() else np.nan for v in each.T]
+    rows = {}
+    for arm, t in said.groupby('arm', sort=False):
+        at = t.fold.to_numpy(); g = rng(seed, 'folds'); value = scores(t); where = [np.flatnonzero(at == k) for k in np.unique(at)]
+        drawn_ = np.array([scores(t.iloc[np.concatenate([g.choice(w, len(w)) for w in where])]) for _ in range(n)])
+        low, high = np.nanquantile(drawn_, [.025, .975], 0)
+        rows[arm] = dict(n=int((t.grade >= 0).sum())) | {k: f'{v:.3f} [{a:.3f}, {b:.3f}]' for k, v, a, b in zip(('grade_auc', 'c_index'), value, low, high, strict=True)} | dict(coverage=t.covered.mean())
+    return pd.DataFrame(rows).T
+
+# %% ../nbs/20_pathgen.ipynb #c131
+def comparable(months: np.ndarray,       # (cases,)
+               event: np.ndarray,        # (cases,) 1 = died
+               stratum=None              # (cases,) e.g. the disease: pairs within one alone; None: all
+              ) -> list[tuple[int, int]]:# (who died earlier, who lived on)
+    "The pairs whose order is known."
+    n = len(months); of = np.zeros(n) if stratum is None else np.asarray(stratum)
+    return [(i, j) for i in range(n) for j in range(n) if event[i] and months[j] > months[i] and of[i] == of[j]]
+
+def left_out_pairs(make: Callable,        # () -> an unfitted row, e.g. a `PathGen`
+                   cohort: Cohort,        # patients with images; its sides are not used
+                   truth: pd.DataFrame,   # index case_id; months, event, grade
+                   codes: list[int],      # (genes,) group of each gene
+                   pairs: list | None = None,  # of positions; None: all of `comparable`
+                   arms: tuple = ARMS,    # which
+                   seed: int = 0,         # of sides, rows and heads
+                   steps: int = 60        # of each head
+                  ) -> pd.DataFrame:      # i, j, then a column an arm: 1 right order, 0.5 a tie, 0 wrong
+    "Each pair told by a generator and heads that have seen neither of the two; a fifth of the living selects, the others teach."
+    t = truth.loc[cohort.obs.index]; out = []
+    for i, j in comparable(t.months.to_numpy(), t.event.to_numpy()) if pairs is None else pairs:
+        side, free = np.full(len(t), 'train', object), [k for k in np.flatnonzero(t.event == 0) if k not in (i, j)]
+        side[rng(seed, 'pair', i, j).permutation(free)[:max(2, len(t)//5)]] = 'val'; side[[i, j]] = 'test'
+        around = cohort[:]; around.obs = cohort.obs.assign(split=side); model = make(); model.fit(around.split('train'), around.split('val'), seed)
+        told_ = {arm: said.risk.to_numpy() for (arm, _), (_, said) in run_arms(model, around, truth, codes, arms, seed, steps, ('test',)).items()}
+        first = int(i > j); out.append(dict(i=i, j=j) | {a: float((np.sign(r[first] - r[1 - first]) + 1)/2) for a, r in told_.items()})
+    return pd.DataFrame(out)
+
+# %% ../nbs/20_pathgen.ipynb #c132
+def pair_scores(told_pairs: pd.DataFrame,  # of `left_out_pairs`
+                n: int = 1000,             # bootstrap draws of patients
+                seed: int = 0              # of the draws
+               ) -> pd.DataFrame:          # arm: patients, deaths, pairs, c_index 'value [low, high]'
+    "C-index over left-out pairs. A draw without a comparable pair tells nothing and is left out."
+    i, j = told_pairs[['i', 'j']].to_numpy().T; who = np.union1d(i, j); at = {k: x for x, k in enumerate(who)}; g, rows = rng(seed, 'pairs'), {}
+    count = g.multinomial(len(who), np.full(len(who), 1/len(who)), n); w = count[:, [at[k] for k in i]]*count[:, [at[k] for k in j]]; w = w[w.sum(1) > 0]
+    for arm in told_pairs.columns.drop(['i', 'j']):
+        right = told_pairs[arm].to_numpy(); low, high = np.quantile(w @ right/w.sum(1), [.025, .975])
+        rows[arm] = dict(patients=len(who), deaths=len(set(i)), pairs=len(right), c_index=f'{right.mean():.2f} [{low:.2f}, {high:.2f}]')
+    return pd.DataFrame(rows).T

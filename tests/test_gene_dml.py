@@ -7,11 +7,14 @@ import pandas as pd
 import pytest
 import torch
 
+from gemmgan_nb.condition import gene_correlation
 from gemmgan_nb.data import Cohort, LeakError, pack, write_cohort
+from gemmgan_nb.encoders import encode_images, load_image_encoder
+from gemmgan_nb.experiment import ENTRIES
 from gemmgan_nb.gene_dml import GeneDML, group_loss, instance_loss, places, section_scores, smoothed, surrounded, top_genes, window
 from gemmgan_nb.her2st import build_her2st, neighbourhoods, read_section, tiny_sections
 from gemmgan_nb.training import Budget, ModelSpec
-from gemmgan_nb.workspace import read_json, rng
+from gemmgan_nb.workspace import Problems, read_json, rng
 
 REAL = Path(__file__).parents[1]/'..'/'shared'/'data'/'her2st'
 real = pytest.mark.skipif(not REAL.is_dir(), reason='real sections are not here (../shared/data/her2st)')
@@ -141,3 +144,28 @@ def test_real_sections(tmp_path):
         mine = {spots.index[r] for r in bags[cohort.obs.index[i].split('_')[1]]}
         assert {cohort.obs.index[j].split('_')[1] for j in near[i] if j >= 0} <= mine
     m = fitted(cohort); assert m.sample(cohort.split('test'), 1, 0).isfinite().all()
+
+
+def finds_own(m, cohort):
+    "How often a spot's own profile is among the ten nearest of its section, in the common space."
+    net, c = m.parts['g'].eval(), m.shown(smoothed(cohort)); x, mask = c.patches.sample(torch.arange(len(c)), 0); mean, deviation = m.scales['image']
+    batch = type('B', (), dict(patches=(x - mean)/deviation*mask[..., None], patch_mask=mask, tokens=None, token_mask=None))
+    with torch.no_grad(): near = sum(torch.nn.functional.normalize(v, dim=-1) for v in net(batch)[0]) @ torch.nn.functional.normalize(net.gene(torch.from_numpy(m.scaler.transform(c.X))), dim=-1).T
+    return float(((near > near.diag()[:, None]).sum(1) < 10).float().mean())
+
+
+@real
+@pytest.mark.slow
+def test_what_discrimination_adds_on_real_sections(tmp_path, capsys):
+    "Validation section C3 alone: Gene-DML against its own ablation from the same start; printed with -s. C4, the test section, is not looked at."
+    build_her2st(REAL, tmp_path/'cohort', ['B4', 'C2'], ['C3'], ['C4'], within_patient=True)
+    encode_images(tmp_path/'cohort', tmp_path/'cohort'/'tiles', tmp_path/'cohort'/'slides.csv', tmp_path/'features', load_image_encoder('efficientnet_lite0'), Problems(), workers=1)
+    cohort = Cohort.load(tmp_path/'cohort'); train, val = cohort.split('train'), cohort.split('val'); rows, found = [], []
+    for seed in range(3):
+        for name in ('gene_dml', 'gene_dml_mse'):
+            e = ENTRIES[name]; m = GeneDML(ModelSpec(name, name, ('image',)), Budget(**dict(steps=600, batch=32, patches=9, score_every=50) | e['budget']), e['switches'], device='cpu'); m.fit(train, val, seed)
+            p, y = m.sample(val, 1, 0)[0], torch.from_numpy(m.scaler.transform(val.X)); rows.append(dict(row=name, seed=seed, pcc=gene_correlation(p, y).mean().item(), mse=(p - y).square().mean().item()))
+            if name == 'gene_dml': found.append({s: finds_own(m, cohort[(cohort.obs.slide == s).to_numpy()]) for s in ('B4', 'C2', 'C3')})
+    table, found = pd.DataFrame(rows).pivot(index='seed', columns='row'), pd.DataFrame(found)
+    with capsys.disabled(): print(f'\n{table.round(4).to_string()}\nown profile among the ten nearest\n{found.round(2).to_string()}')
+    assert (table.pcc > .1).all(axis=None) and (found[['B4', 'C2']] > .9).all(axis=None) and (found.C3 < .6).all()

@@ -10,13 +10,18 @@ import torch
 
 from gemmgan_nb import pathgen as P
 from gemmgan_nb.data import Cohort, LeakError, pack, write_cohort
+from gemmgan_nb.encoders import encode_images, load_image_encoder
 from gemmgan_nb.simulation import draw_cases
+from gemmgan_nb.tiling import read_slides, tile_cohort
 from gemmgan_nb.training import Batch, Budget, ModelSpec
-from gemmgan_nb.workspace import read_json, rng, torch_rng
+from gemmgan_nb.workspace import Problems, read_json, rng, torch_rng
 
 pytest.importorskip('lifelines', reason='the survival extra is not installed')
 REAL = Path(__file__).parents[1]/'..'/'shared'/'data'/'pathgen_porpoise'
+COGNOMA, REGIONS = REAL.parent/'tcga_clinical'/'cognoma'/'complete_samples.tsv.gz', REAL.parent/'tcga_he_tiles'
 real = pytest.mark.skipif(not REAL.is_dir(), reason='real tables are not here (../shared/data/pathgen_porpoise)')
+recorded = pytest.mark.skipif(not (REAL.is_dir() and COGNOMA.exists()), reason='real tables are not here (../shared/data/pathgen_porpoise, tcga_clinical/cognoma)')
+pictured = pytest.mark.skipif(not (REAL.is_dir() and (REGIONS/'index.csv').exists()), reason='real regions are not here (../shared/data/pathgen_porpoise, tcga_he_tiles)')
 SMALL = Budget(steps=4, batch=16, patches=3, dim=16, heads=2, score_every=2, score_samples=2)
 
 
@@ -186,3 +191,86 @@ def test_expression_to_survival_on_real_patients(name, patients, least):
     assert sum(map(len, groups.values())) == genes.shape[1] and list(groups) == list(P.read_groups(REAL/'signatures.csv'))
     p, said = P.expression_to_survival(genes, truth, codes.tolist(), steps=40)
     c = P.c_index(p.months, p.event, said.risk); assert .4 < c < 1 and (least is None or c > least)     # BRCA: an interval that holds 0.5
+
+
+def codes_of(genes):
+    codes = np.zeros(genes.shape[1], int)
+    for i, at in enumerate(P.groups_of(REAL/'signatures.csv', list(genes.columns)).values()): codes[at] = i
+    return np.unique(codes, return_inverse=True)[1].tolist()
+
+
+@recorded
+@pytest.mark.parametrize('name,defined,grades,n', [('gbmlgg', None, ['G2', 'G3'], 478), ('gbmlgg', dict(GBM='G4'), ['G2', 'G3', 'G4'], 568), ('kirc', None, ['G1', 'G2', 'G3', 'G4'], 338)])
+def test_grades_of_real_patients(name, defined, grades, n):
+    truth = P.with_records(porpoise(name)[1], COGNOMA, defined)
+    assert truth.attrs['grades'] == grades and (truth.grade >= 0).sum() == n and set(truth.grade) == {-1, *range(len(grades))}
+    assert {'White', 'Black Or African American', 'not recorded'} <= set(truth.race) and not truth.race.str.contains(r'\[').any()
+
+
+@recorded
+def test_breast_cancer_has_no_recorded_grade():
+    with pytest.raises(ValueError, match='BRCA has none there'): P.with_records(porpoise('brca')[1], COGNOMA)
+
+
+def test_records_that_differ_are_none(tmp_path):
+    truth = pd.DataFrame(dict(months=[1., 2.], event=[1, 0], grade=-1), index=['a', 'b'])
+    pd.DataFrame(dict(patient_id=['a', 'a', 'b', 'b', 'z'], acronym='LGG', race=['White', 'White', 'Asian', 'White', 'White'], histological_grade=['G2', 'G3', 'G2', 'G2', 'G4'])).to_csv(tmp_path/'t.tsv', sep='\t', index=False)
+    out = P.with_records(truth, tmp_path/'t.tsv'); assert out.grade.tolist() == [-1, 0] and out.race.tolist() == ['White', 'not recorded'] and out.attrs['grades'] == ['G2']
+
+
+@recorded
+def test_expression_to_grade_on_real_patients():
+    "One cohort in few steps; all of them: test_grade_tables."
+    genes, truth = porpoise('kirc')[0], P.with_records(porpoise('kirc')[1], COGNOMA)
+    said = P.told_by_others(genes, truth, codes_of(genes), folds=3, steps=25); table = P.fold_scores(said, 10); auc = table.grade_auc.str[:5].astype(float)
+    assert auc['+ mean'] == .5 and auc['+ real'] > .58 and auc['+ real'] > auc['+ noise'] and (table.n == 338).all()
+    assert (said.groupby('arm').patient.nunique() == len(genes)).all() and said.covered.isna().sum() == 3*(len(genes) - 338)
+
+
+@recorded
+@pytest.mark.slow
+def test_grade_tables(capsys):
+    "Grade and survival from expression, six groups and all genes in one, then error, coverage and C-index of subgroups; printed with -s."
+    for name, defined in (('gbmlgg', None), ('gbmlgg', dict(GBM='G4')), ('kirc', None)):
+        genes, truth = porpoise(name)[0], P.with_records(porpoise(name)[1], COGNOMA, defined)
+        for title, codes in (('six groups', codes_of(genes)), ('all genes in one', [0]*genes.shape[1])):
+            said = P.told_by_others(genes, truth, codes); table = P.fold_scores(said)
+            with capsys.disabled(): print(f'\n{name}, {" ".join(truth.attrs["grades"])}, {title}\n{table.to_string()}')
+            assert float(table.grade_auc['+ mean'][:5]) == .5 < float(table.grade_auc['+ real'].split('[')[1][:5])
+        mine = said[(said.arm == '+ real') & (said.grade >= 0)]; t = truth.loc[mine.patient]; chance = mine.filter(regex=r'^grade\d').to_numpy()
+        groups = P.by_subgroup(mine.assign(error=1 - chance[np.arange(len(mine)), mine.grade], sex=np.where(t.female == 1, 'female', 'male'), age=t.age.to_numpy(float), race=t.race.to_numpy()), ['sex', 'age', 'race'])
+        with capsys.disabled(): print(groups.to_string())
+        assert groups.loc['sex'].n.sum() == len(mine)
+
+
+def pictured_patients(folder, encoder):
+    "The patients of three cohorts who have a region of an image: expression, tiles at 0.5 microns per pixel, features, outcomes. Regions are cut by hand, three of them at 20x."
+    tables = [porpoise(k) for k in ('gbmlgg', 'kirc', 'brca')]; genes, truth = pd.concat([g for g, _ in tables], join='inner'), pd.concat([t for _, t in tables])
+    project = pd.Series(np.repeat(['GBMLGG', 'KIRC', 'BRCA'], [len(t) for _, t in tables]), truth.index)
+    region = pd.read_csv(REGIONS/'index.csv').drop_duplicates('patient_id').set_index('patient_id'); who = [c for c in genes.index if c in region.index]; at = region.loc[who]
+    names = [Path(f).stem for f in at.file]; obs = pd.DataFrame(dict(group=who, project=project[who], disease_type=project[who], primary_site='', slide=names, split='train'), index=who)
+    write_cohort(folder/'cohort', genes.loc[who].to_numpy(), obs, pd.DataFrame(dict(symbol=list(genes.columns)), index=list(genes.columns)), 'zscore', ['image'], pd.DataFrame(dict(slide=names, path=[REGIONS/f for f in at.file], mpp=10/at.magnification.to_numpy())))
+    tile_cohort(read_slides(folder/'cohort'/'slides.csv'), folder/'tiles', mpp=.5, workers=1)
+    encode_images(folder/'cohort', folder/'tiles', folder/'cohort'/'slides.csv', folder/'features', encoder, Problems(), workers=1)
+    return Cohort.load(folder/'cohort'), truth
+
+
+@pictured
+def test_sixteen_real_patients_have_images(tmp_path):
+    cohort, truth = pictured_patients(tmp_path, load_image_encoder('efficientnet_lite0')); t = truth.loc[cohort.obs.index]
+    assert len(cohort) == 16 and t.event.sum() == 3 and cohort.patches.counts.min() > 0 and len(P.comparable(t.months.to_numpy(), t.event.to_numpy())) == 32
+    table = P.left_out_pairs(make, cohort, truth, codes_of(pd.DataFrame(columns=cohort.var.symbol)), P.comparable(t.months.to_numpy(), t.event.to_numpy())[:2], steps=3)
+    assert list(table.columns) == ['i', 'j', *P.ARMS] and table[list(P.ARMS)].isin([0, .5, 1]).all(axis=None)
+    scores = P.pair_scores(table); assert (scores.deaths == 1).all() and (scores.pairs == 2).all()
+
+
+@pictured
+@pytest.mark.slow
+def test_image_arms_of_sixteen_real_patients(tmp_path, capsys):
+    "All 32 comparable pairs of 16 patients, three of whom died; printed with -s. Intervals, not winners."
+    cohort, truth = pictured_patients(tmp_path, load_image_encoder('efficientnet_lite0'))
+    codes = codes_of(pd.DataFrame(columns=cohort.var.symbol)); budget = Budget(steps=60, batch=11, patches=8, dim=32, lr=3e-3, score_every=20, score_samples=4)
+    table = P.left_out_pairs(lambda: make(budget=budget), cohort, truth, codes, steps=60)
+    within = table[[cohort.obs.project.iloc[i] == cohort.obs.project.iloc[j] for i, j in table[['i', 'j']].to_numpy()]]
+    with capsys.disabled(): print(f'\nall pairs\n{P.pair_scores(table).to_string()}\npairs of one cohort\n{P.pair_scores(within).to_string()}')
+    width = P.pair_scores(table).c_index.str.extract(r'\[(.*), (.*)\]').astype(float).diff(axis=1)[1]; assert (width > .15).all() and len(table) == 32 and len(within) == 11
