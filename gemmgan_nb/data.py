@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['STAR_COLUMNS', 'SPLIT', 'KEPT_UNITS', 'PLACES', 'TINY', 'KINDS', 'USUAL', 'normalised', 'write_star', 'read_star',
            'write_cases', 'read_cases', 'split_by_patient', 'LeakError', 'one_side_each', 'write_split', 'check_split',
-           'pack', 'Bank', 'write_tiles', 'read_tiles', 'write_cohort', 'Cohort', 'only_side', 'only_training',
-           'only_validation', 'Scaler', 'Fitted', 'fit_on_training', 'read_expression', 'expressed', 'gene_filter',
-           'prepare', 'tiny_source', 'converted', 'bounds_of_unit', 'refuse_implausible', 'read_matrix', 'files_of',
-           'unit_inside', 'read_matrices', 'read_clinical', 'flat_record', 'read_list', 'own_slides', 'own_texts',
-           'own_cohort', 'own_extras', 'own_records', 'tiny_tables', 'own_layout']
+           'pack', 'Bank', 'write_tiles', 'read_tiles', 'write_cohort', 'Cohort', 'check_cohort', 'only_side',
+           'only_training', 'only_validation', 'Scaler', 'Fitted', 'fit_on_training', 'read_expression', 'expressed',
+           'gene_filter', 'prepare', 'tiny_source', 'converted', 'bounds_of_unit', 'refuse_implausible', 'read_matrix',
+           'files_of', 'unit_inside', 'read_matrices', 'read_clinical', 'flat_record', 'read_list', 'list_slides',
+           'own_slides', 'own_texts', 'own_cohort', 'own_extras', 'own_records', 'tiny_tables', 'own_layout']
 
 # %% ../nbs/03_data.ipynb #c002
 import copy
@@ -326,6 +326,19 @@ class Cohort:
         return new
 
 # %% ../nbs/03_data.ipynb #c046
+def check_cohort(folder: str | Path  # a cohort directory
+                ) -> None:
+    "Raises ValueError, with a sentence, for a cohort that is damaged, lacks sides or unit, or holds a value that is not finite; FileNotFoundError without one."
+    path, again = Path(folder)/'cohort.h5ad', 'Prepare the cohort again.'
+    if not path.is_file(): raise FileNotFoundError(f'{folder} holds no cohort.h5ad. Give a cohort directory, e.g. runs/demo/cohort.')
+    try: data = ad.read_h5ad(path)
+    except (OSError, KeyError, ValueError, TypeError) as e: raise ValueError(f'{path} is no AnnData file ({" ".join(str(e).split())[:120]}). {again}') from None
+    if lacks := [c for c in ('group', 'split') if c not in data.obs]: raise ValueError(f'{path}: its cases have no {lacks[0]}. {again}')
+    if not data.uns.get('unit'): raise ValueError(f'{path} names no unit of expression. {again}')
+    bad = data.obs_names[~np.isfinite(np.asarray(data.X.sum(1), float).ravel())]
+    if len(bad): raise ValueError(f'{path}: the expression of {bad[0]} is not finite ({len(bad)} such cases). Mend it, or leave those cases out.')
+
+# %% ../nbs/03_data.ipynb #c049
 def only_side(cohort: Cohort,  # what is about to be looked at
               side: str,       # the side where all its cases must stand
               what: str        # what is about to look, for the message
@@ -348,7 +361,7 @@ def only_validation(cohort: Cohort,  # what is about to select a model
     "The cohort itself. Raises LeakError unless every case is a validation case."
     return only_side(cohort, 'val', what)
 
-# %% ../nbs/03_data.ipynb #c047
+# %% ../nbs/03_data.ipynb #c050
 class Scaler:
     "Gene-wise z-scores fitted on training cases (Sec. 5.2)."
     def __init__(self, mean, std, seen=()):  # (genes,) each; ids of the cases it was fitted on
@@ -367,7 +380,7 @@ class Scaler:
         "Expression in the cohort's unit."
         return Z*self.std + self.mean
 
-# %% ../nbs/03_data.ipynb #c050
+# %% ../nbs/03_data.ipynb #c053
 @dataclass(frozen=True)
 class Fitted:
     "Something fitted on training cases, with whom it saw."
@@ -388,7 +401,7 @@ def fit_on_training(train: Cohort,  # training cases only
     only_training(train, what)
     return Fitted(fit(train.X), what, tuple(map(str, train.obs.index)), tuple(sorted(set(map(str, train.obs.group)))))
 
-# %% ../nbs/03_data.ipynb #c053
+# %% ../nbs/03_data.ipynb #c056
 def read_expression(source: Path,         # folder of manifest.csv
                     manifest: pd.DataFrame, # columns case_id, expression (path in source)
                     unit: str,            # column of the STAR table
@@ -406,7 +419,7 @@ def read_expression(source: Path,         # folder of manifest.csv
     frame.attrs['symbol'] = symbol
     return frame
 
-# %% ../nbs/03_data.ipynb #c054
+# %% ../nbs/03_data.ipynb #c057
 def expressed(X: np.ndarray,           # (training cases, genes)
               max_zeros: float = .9    # paper: genes with more than 90 % missing values are removed
              ) -> np.ndarray:          # (genes,) True = kept
@@ -419,7 +432,7 @@ def gene_filter(train: Cohort,        # training cases only
     "The genes to keep. Raises LeakError when it would see another case."
     return fit_on_training(train, 'The gene filter', lambda X: expressed(X, max_zeros))
 
-# %% ../nbs/03_data.ipynb #c056
+# %% ../nbs/03_data.ipynb #c059
 def prepare(source: str | Path,               # folder with manifest.csv, clinical.jsonl and the files
             out: str | Path,                  # the cohort directory
             unit: str = 'tpm_unstranded',     # column of the STAR tables
@@ -445,7 +458,7 @@ def prepare(source: str | Path,               # folder with manifest.csv, clinic
     problems.write(Path(out)/'problems.csv')
     return dict(cases=len(obs), genes=int(keep.sum()), genes_dropped=int((~keep).sum()), problems=len(problems), **obs.split.value_counts().to_dict(), split_sha256=sha256(Path(out)/'split.csv'))
 
-# %% ../nbs/03_data.ipynb #c058
+# %% ../nbs/03_data.ipynb #c061
 def tiny_source(folder: str | Path  # where to write
                ) -> Path:
     "A source of seven made-up cases, one without its expression file, for the examples."
@@ -456,7 +469,7 @@ def tiny_source(folder: str | Path  # where to write
     with atomic(folder/'manifest.csv') as p: pd.DataFrame(dict(case_id=names, slide=[f'{n}.tiff' for n in names], expression=[f'{n}.tsv' for n in names])).to_csv(p, index=False)
     return folder
 
-# %% ../nbs/03_data.ipynb #c062
+# %% ../nbs/03_data.ipynb #c065
 KEPT_UNITS = ('log2(tpm+1)', 'log2(fpkm+1)', 'log1p(cp10k)', 'zscore')
 
 def converted(X: np.ndarray,  # (cases, genes), missing values as nan
@@ -469,7 +482,7 @@ def converted(X: np.ndarray,  # (cases, genes), missing values as nan
     if found := re.fullmatch(r'log2\((tpm|fpkm)\+(\d*\.?\d+)\)', unit): return np.log2(np.maximum(np.exp2(X) - float(found[2]), 0) + 1), f'log2({found[1]}+1)'
     raise ValueError(f'Unit {unit!r} is not known. Choose one of {", ".join(KEPT_UNITS)}, tpm, fpkm, or log2(tpm+c) with the offset c.')
 
-# %% ../nbs/03_data.ipynb #c063
+# %% ../nbs/03_data.ipynb #c066
 def bounds_of_unit(unit: str  # as the table has it, see `converted`
                   ) -> tuple[float, float]:  # least and largest value that such a table can hold
     "Where values of a unit can lie; without bounds for z-scores. A logarithm above 25 would be of 33 million."
@@ -490,7 +503,7 @@ def refuse_implausible(table: pd.DataFrame,  # (cases, genes)
     raise ValueError(f'{name}, row {table.index[i]!r}, column {table.columns[j]!r}: {X[i, j]:g} cannot be {unit}, which lies between {low:.4g} and {high:.4g}. '
                      f'Say the unit that the table has: zscore for z-scores, tpm or fpkm for values without a logarithm ({wrong.mean():.1%} of all values are outside).')
 
-# %% ../nbs/03_data.ipynb #c066
+# %% ../nbs/03_data.ipynb #c069
 def _parquet(path):
     try: table = pd.read_parquet(path)
     except ImportError: raise ImportError(f'{path.name} is Parquet, which pandas reads with pyarrow. Install it (pip install pyarrow), or give csv.') from None
@@ -522,7 +535,7 @@ def read_matrix(path: str | Path,    # csv, tsv (.gz), parquet or h5ad
     table.index, table.columns = table.index.astype(str), table.columns.astype(str).str.replace(r'^(ENSG\d+)\.\d+$', r'\1', regex=True)
     return table.loc[:, ~table.columns.duplicated()]
 
-# %% ../nbs/03_data.ipynb #c068
+# %% ../nbs/03_data.ipynb #c071
 def files_of(folder: str | Path,  # where the tables lie
              patterns             # a file name or pattern, a list of them, or pattern -> project
             ) -> list[tuple[Path, str]]:  # files with the project of each, '' where none is named
@@ -556,7 +569,7 @@ def read_matrices(folder: str | Path,  # where the tables lie
     if not genes: raise ValueError(f'The tables of {folder} have no gene in common. Are the cases in {cases}?')
     return pd.concat([t[genes] for t, _ in tables]), [project for t, project in tables for _ in t.index]
 
-# %% ../nbs/03_data.ipynb #c071
+# %% ../nbs/03_data.ipynb #c074
 PLACES = dict(age='demographic.age_at_index', sex='demographic.gender', gender='demographic.gender', race='demographic.race', ethnicity='demographic.ethnicity',
               stage='diagnoses.tumor_stage', grade='diagnoses.tumor_grade', diagnosis='diagnoses.primary_diagnosis', disease_type='disease_type', primary_site='primary_site')
 
@@ -575,7 +588,7 @@ def read_clinical(folder: str | Path,  # where the tables lie
     disagree = (by_patient.nunique() > 1).any(axis=1)
     return by_patient.first(), set(disagree.index[disagree])
 
-# %% ../nbs/03_data.ipynb #c072
+# %% ../nbs/03_data.ipynb #c075
 def flat_record(case: str,      # id of the case
                 project: str,   # its project, '' for none
                 said: dict,     # column -> text; missing values left out
@@ -590,7 +603,7 @@ def flat_record(case: str,      # id of the case
         home[field] = text
     return record
 
-# %% ../nbs/03_data.ipynb #c075
+# %% ../nbs/03_data.ipynb #c078
 def read_list(path: str | Path,   # csv, tsv or jsonl
               needs: list[str]    # columns that must be there and filled
              ) -> pd.DataFrame:   # text; index: line in the file
@@ -616,9 +629,13 @@ def _whose(table, obs, name, what, problems):
     for line, c in table.case_id[~known].items(): problems.add(c, f'{name}, line {line}: no expression of this case. Its {what} is left out.')
     return table[known].assign(cases=[cases[c] for c in table.case_id[known]])
 
-# %% ../nbs/03_data.ipynb #c077
-def _listed(folder, slides, features):
-    "The rows of slides.csv, or a row for each file of features."
+# %% ../nbs/03_data.ipynb #c080
+def list_slides(folder: Path,   # of the cohort's owner
+                slides: str,    # csv of case_id, path and optionally slide, mpp; '' none
+                features: str   # folder of ready features; '' none
+               ) -> pd.DataFrame:  # case_id, slide, path, ...; index: line in the list
+    "The rows of slides.csv, or a row for each file of features. Raises ValueError naming line and column, FileNotFoundError."
+    if not (slides or features): return pd.DataFrame(columns=['case_id', 'slide', 'path'])
     if slides:
         table = read_list(folder/slides, ['case_id', 'slide' if features else 'path'])
         if 'slide' not in table: table.insert(1, 'slide', [Path(p).stem for p in table.path])
@@ -628,7 +645,13 @@ def _listed(folder, slides, features):
         if not found: raise FileNotFoundError(f'{folder/features} holds no .h5 file of features.')
         base, table = folder, pd.DataFrame(dict(case_id=[f.stem for f in found], slide=[f.stem for f in found]))
     if features and 'path' not in table: table['path'] = [str(folder/features/f'{s}.h5') for s in table.slide]
+    _inside(table, slides); _given_mpp(table, slides)
     return table.assign(path=[str(base/p) for p in table.path])
+
+def _inside(table, name):
+    "A slide's name becomes the name of files that we write; a path that climbs out of the folder reads what nobody meant to give."
+    for what, odd in (('slide', table.slide.str.contains(r'[/\\]|^\.|[\x00-\x1f]')), ('path', table.path.str.contains(r'(?:^|[/\\])\.\.(?:[/\\]|$)|\x00'))):
+        if odd.any(): raise ValueError(f"{name}, line {table.index[odd][0]}: column {what!r} says {table[what][odd].iloc[0]!r}, which leads elsewhere. Expected {'a plain name' if what == 'slide' else 'a path inside the folder, or a full one that begins with /'}.")
 
 def _given_mpp(table, name):
     said = table.get('mpp', pd.Series('', table.index)); mpp = pd.to_numeric(said, errors='coerce')
@@ -641,7 +664,7 @@ def _one_owner(slide, part, obs, name):
         raise ValueError(f'{name}, line {part.index[-1]}: slide {slide} is of {part.case_id.iloc[-1]} here and of {part.case_id.iloc[0]} in line {part.index[0]}. A slide belongs to one patient.')
     if part.path.nunique() > 1: raise ValueError(f"{name}, line {part.index[-1]}: slide {slide} has another path in line {part.index[0]}. Give them names of their own in a column 'slide'.")
 
-# %% ../nbs/03_data.ipynb #c079
+# %% ../nbs/03_data.ipynb #c082
 def own_slides(folder: Path,        # of the cohort's owner
                slides: str,         # csv of case_id, path and optionally slide, mpp; or of case_id, slide where there are features; '' none
                features: str,       # folder of <slide>.h5, of <case_id>.h5 where there is no csv; '' none
@@ -650,7 +673,7 @@ def own_slides(folder: Path,        # of the cohort's owner
               ) -> tuple[pd.DataFrame, dict]:  # slide, path, mpp and further columns; case -> [[slide, None], ...]
     "The slides of a folder and whose they are. Raises ValueError naming line and column, FileNotFoundError."
     if not (slides or features): return pd.DataFrame(columns=['slide', 'path', 'mpp']), {}
-    name, table = slides or f'{features}/', _listed(Path(folder), slides, features)
+    name, table = slides or f'{features}/', list_slides(Path(folder), slides, features)
     _once(table, ['case_id', 'slide'], name)
     table = _whose(table.assign(mpp=_given_mpp(table, name)), obs, name, 'slide', problems)
     for slide, part in table.groupby('slide', sort=False): _one_owner(slide, part, obs, name)
@@ -660,7 +683,7 @@ def own_slides(folder: Path,        # of the cohort's owner
     rest = [c for c in table.columns if c not in ('case_id', 'slide', 'path', 'mpp', 'cases')]
     return table[['slide', 'path', 'mpp', *rest]].drop_duplicates('slide'), bags
 
-# %% ../nbs/03_data.ipynb #c080
+# %% ../nbs/03_data.ipynb #c083
 def own_texts(folder: Path,       # of the cohort's owner
               texts: str,         # csv, tsv or jsonl of case_id, text; '' none
               obs: pd.DataFrame,  # index case_id; column group
@@ -673,7 +696,7 @@ def own_texts(folder: Path,       # of the cohort's owner
     told = {c: row.text for row in sorted(table.itertuples(), key=lambda r: len(r.cases), reverse=True) for c in row.cases}   # a case's own text before its patient's
     return [dict(case_id=c, text=told[c]) for c in obs.index if c in told]
 
-# %% ../nbs/03_data.ipynb #c084
+# %% ../nbs/03_data.ipynb #c087
 def _given_split(path, cases):
     sides = pd.read_csv(path, dtype=str).set_index('case_id').split
     if missing := sorted(set(cases) - set(sides.index)): raise ValueError(f'{Path(path).name} has no side for {len(missing)} cases, {missing[0]} among them.')
@@ -696,7 +719,7 @@ def _filled(X, obs):
     mean = fit_on_training(Cohort.of(X, obs).split('train'), 'The filling of missing values', lambda t: np.nan_to_num(np.nanmean(np.where(np.isnan(t).all(0), 0, t), 0))).value
     return np.where(np.isnan(X), mean, X)
 
-# %% ../nbs/03_data.ipynb #c085
+# %% ../nbs/03_data.ipynb #c088
 def own_cohort(folder: str | Path,           # where the tables lie
                out: str | Path,              # the cohort directory to write
                expression='expression.csv',  # file name or pattern, a list of them, or pattern -> project
@@ -733,7 +756,7 @@ def own_cohort(folder: str | Path,           # where the tables lie
     return more | dict(cases=len(obs), patients=obs.group.nunique(), genes=int(keep.sum()), genes_dropped=int((~keep).sum()), gene_ids=ids,
                 missing_filled=int(np.isnan(X[:, keep]).sum()), repeats_dropped=repeats, **facts, **obs.split.value_counts().to_dict(), split_sha256=sha256(Path(out)/'split.csv'))
 
-# %% ../nbs/03_data.ipynb #c087
+# %% ../nbs/03_data.ipynb #c090
 def own_extras(folder,             # of the cohort's owner
                out,                # the cohort directory; written: bags.json, texts.jsonl, problems.csv
                obs: pd.DataFrame,  # index case_id; columns group, slide, which is filled here
@@ -752,7 +775,7 @@ def own_extras(folder,             # of the cohort's owner
     counts = dict(slides=len(listed), cases_without_slide=sum(not b for b in bags.values())) if slides or features else {}
     return listed, counts | (dict(texts=len(told), cases_without_text=len(obs) - len(told)) if texts else {}) | dict(problems=len(problems))
 
-# %% ../nbs/03_data.ipynb #c088
+# %% ../nbs/03_data.ipynb #c091
 def own_records(folder,         # where the tables lie
                 ids,            # id of each case
                 patient,        # patient of each case
@@ -776,7 +799,7 @@ def own_records(folder,         # where the tables lie
     said = found.reindex(patient).apply(lambda row: row.dropna().to_dict(), axis=1) if found.shape[1] else [{}]*len(ids)
     return [flat_record(i, project, s, columns or {}, projects.get(project, {})) for i, project, s in zip(ids, of, said, strict=True)], facts
 
-# %% ../nbs/03_data.ipynb #c090
+# %% ../nbs/03_data.ipynb #c093
 def tiny_tables(folder: str | Path  # where to write
                ) -> Path:
     "Two tables of expression and one of clinical columns, made up, for the examples."
@@ -793,7 +816,7 @@ TINY = dict(expression={'lung.csv': 'LUNG', 'skin.csv': 'SKIN'}, cases='columns'
             columns=dict(age='demographic.age_at_index', is_female='demographic.gender', grade='diagnoses.tumor_grade'), values=dict(is_female={1: 'female', 0: 'male'}),
             projects=dict(LUNG=dict(disease_type='Squamous Cell Neoplasms', primary_site='Lung'), SKIN=dict(disease_type='Nevi and Melanomas', primary_site='Skin')))
 
-# %% ../nbs/03_data.ipynb #c095
+# %% ../nbs/03_data.ipynb #c098
 KINDS = ('h5ad', 'parquet', 'csv', 'csv.gz', 'tsv', 'tsv.gz')
 USUAL = dict(expression=[f'expression.{k}' for k in KINDS], clinical=['clinical.csv', 'clinical.tsv'], slides=['slides.csv'], features=['features'],
              texts=['texts.csv', 'texts.tsv', 'texts.jsonl'], tokens=['tokens'], split=['split.csv'])

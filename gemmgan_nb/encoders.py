@@ -369,7 +369,7 @@ class FeatureFile:
             if self.key is None or f[self.key].ndim not in (2, 3): raise KeyError(f'{self.path.name} has no dataset features of rows and columns; it holds {", ".join(f) or "nothing"}.')
             self.shape, self.attrs, self.cut = tuple(f[self.key].shape[-2:]), dict(f[self.key].attrs), dict(f['coords'].attrs) if 'coords' in f else {}
     def __len__(self): return self.shape[0]
-    def __getitem__(self, rows):
+    def __getitem__(self, rows):  # a slice, or positions
         with h5py.File(self.path) as f: return f[self.key][:].reshape(self.shape)[rows]
 
 def read_features(path: str | Path  # .h5 file, ours, TRIDENT's or CLAM's

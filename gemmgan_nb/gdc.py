@@ -101,7 +101,9 @@ class GdcError(RuntimeError):
 
 class Passing(GdcError):
     "A failure that another try may cure; `after` is the pause in seconds that the server asked for."
-    def __init__(self, text, after=0.):
+    def __init__(self,
+                 text: str,           # what failed, a sentence
+                 after: float = 0.):  # seconds that the server asked for; 0: it said nothing
         super().__init__(text); self.after = after
 
 # %% ../nbs/05_gdc.ipynb #c024

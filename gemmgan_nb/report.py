@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -29,6 +30,7 @@ from sklearn.manifold import TSNE
 from . import condition, metrics, privacy
 from .data import Cohort
 from .experiment import ENTRIES, model_class
+from .generate import can_be_written
 from .paper import Missing
 from .tables import cohort_name, kind_of, loss, ordered, plot_dial, title_of
 from .workspace import PALETTE, atomic, figure, read_json, rng, sha256
@@ -86,12 +88,16 @@ class Read(HTMLParser):
                  page: str):  # what `webpage` returned
         super().__init__(); self.caption, self.rows, self.notes, self.at, self.bold, self.held = '', [], [], None, False, ''
         self.feed(page); self.close()
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self,
+                        tag,     # its name
+                        attrs):  # (name, value) each
+        "A row begins, or a cell."
         if tag == 'tr': self.rows.append([])
         elif tag in ('th', 'td', 'li', 'h1'): self.at, self.bold, self.held = 'group' if ('class', 'group') in attrs else tag, False, ''
         elif tag == 'b': self.bold = True
-    def handle_data(self, data): self.held += data
-    def handle_endtag(self, tag):
+    def handle_data(self, data): self.held += data  # text between tags
+    def handle_endtag(self, tag):  # its name
+        "A cell ends."
         if tag not in ('th', 'td', 'li', 'h1') or not self.at: return
         text = self.held.replace('\u00a0', ' ')
         if tag == 'li': self.notes.append(text)
@@ -136,7 +142,7 @@ class RunFolder:
         "A file of the run. Raises Missing."
         if not (p := Path(self.folder)/name).exists(): raise Missing(f'{name} is not in this run: {why}.')
         return p
-    def table(self, name: str, why: str = 'the tables stage has not run') -> pd.DataFrame:  # a csv file of the run
+    def table(self, name: str, why: str = 'the tables stage has not run') -> pd.DataFrame:  # a csv file of the run; what to say when it is not there
         "Its rows. Raises Missing."
         return pd.read_csv(self.path(name, why))
     @cached_property
@@ -155,7 +161,7 @@ def section(anchor: str,  # its address in the page
             heading: str  # its second-level heading
            ):             # the decorator
     "Decorator: the function below makes a section; it may raise Missing."
-    def register(f): SECTIONS[anchor] = (heading, f); return f
+    def register(f): SECTIONS[anchor] = (heading, f); return f  # a function of a run that gives Markup
     return register
 
 def tried(anchor: str,    # of SECTIONS
@@ -165,7 +171,7 @@ def tried(anchor: str,    # of SECTIONS
     heading, make = SECTIONS[anchor]
     try: inside, why = Markup(''.join(make(run))), ''
     except Missing as e: inside, why = '', f'Not here. {e}'
-    except (OSError, ValueError, KeyError, TypeError) as e: inside, why = '', f'Not here. What it is made from could not be read: {type(e).__name__}: {e}'
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e: inside, why = '', f'Not here. What it is made from could not be read: {type(e).__name__}: {e}'
     return el('section', el('h2', heading, id=anchor), inside or el('p', why, class_='missing')), why
 
 # %% ../nbs/25_report.ipynb #c030
@@ -578,11 +584,12 @@ def write_report(folder: str | Path,         # runs/<run>
                  dial: str | Path | None = None, # folder with dial.csv, e.g. figures/dial
                  seed: int = 0               # of drawn profiles and t-SNE
                 ) -> tuple[Path, dict]:      # the page; anchor -> why its section is empty
-    "Writes the page of a run. Raises FileNotFoundError without the run, ValueError for a place under figures/, where real tissue must not be."
+    "Writes the page of a run. Raises FileNotFoundError without the run, ValueError for a place under figures/, where real tissue must not be, or where nothing can be written."
     folder, out = Path(folder), Path(out or Path(folder)/'report')
     if not folder.is_dir(): raise FileNotFoundError(f'There is no run {folder}. Make it first: gemmgan reproduce --profile {folder.name}')
     if any(p.name == 'figures' and (p.parent/'workflow'/'profiles').is_dir() for p in [out.resolve(), *out.resolve().parents]):
         raise ValueError(f'{out} lies in figures/, which is for anyone to see; this page shows patients. Leave it in the run: {folder/"report"}')
+    can_be_written(out/'index.html')
     text, empty = page(RunFolder(folder, Path(dial) if dial else None, seed))
     with atomic(out/'index.html') as p: p.write_text(text, encoding='utf-8', errors='xmlcharrefreplace')
     return out/'index.html', empty
@@ -595,7 +602,10 @@ class Complaints(HTMLParser):
         super().__init__(); self.found, self.open, self.ids, self.to, self.level = [], [], [], [], 0
         self.feed(page); self.close()
         self.found += [f'{t} is left open' for t in self.open] + [f'#{x} leads nowhere' for x in self.to if x not in self.ids] + [f'{x} is there twice' for x in set(self.ids) if self.ids.count(x) > 1]
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self,
+                        tag,     # its name
+                        attrs):  # (name, value) each
+        "Complains of a tag that has no place, or lacks what it needs."
         a = dict(attrs)
         if tag not in ('img', 'meta', 'br'): self.open.append(tag)
         if 'id' in a: self.ids.append(a['id'])
@@ -607,6 +617,7 @@ class Complaints(HTMLParser):
         if len(tag) == 2 and tag[0] == 'h' and tag[1].isdigit():
             if int(tag[1]) > self.level + 1: self.found.append(f'{tag} after h{self.level}')
             self.level = int(tag[1])
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag):  # its name
+        "Complains of an end without beginning."
         if self.open and self.open[-1] == tag: self.open.pop()
         else: self.found.append(f'</{tag}> closes nothing')

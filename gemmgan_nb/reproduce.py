@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['HEADING', 'PACKAGE', 'MANNERS', 'console', 'NEEDED', 'app', 'Profile', 'Settings', 'USUAL', 'WEIGHTS', 'stage_cells',
            'stage_engine', 'run_stage', 'Code', 'stage_code', 'snakemake_command', 'command_of', 'watch', 'wind_down',
-           'stoppable', 'at_work', 'problems_of', 'wrong', 'settings_of', 'read_profile', 'profile_names',
-           'setting_names', 'ending', 'opened', 'reproduce', 'table_of', 'gap_of', 'plan', 'dial', 'evaluate',
-           'generate', 'report', 'stage', 'Finding', 'finding', 'Needs', 'needs_of', 'ways_of', 'layout_of', 'cases_of',
-           'genes_of', 'disk_of', 'memory_of', 'existing', 'bytes_in', 'check_disk', 'check_memory', 'check_writable',
-           'Gpus', 'gpus_here', 'check_gpu', 'check_python', 'installed', 'pins_of', 'check_packages',
-           'check_slide_libraries', 'in_cache', 'hub_of', 'check_network', 'check_token', 'check_gdc', 'check_folder',
-           'check_only', 'in_time', 'guarded', 'examine', 'check_four_bits', 'doctor', 'bytes_there', 'shown_arriving',
-           'fetch_manifest', 'folder_for', 'told', 'download', 'main']
+           'stoppable', 'at_work', 'problems_of', 'wrong', 'one_line', 'settings_of', 'read_profile', 'profile_names',
+           'setting_names', 'ending', 'opened', 'reproduce', 'table_of', 'layout_of', 'gap_of', 'plan', 'dial',
+           'anndata_at', 'evaluate', 'generate', 'report', 'stage', 'Finding', 'finding', 'Needs', 'needs_of',
+           'ways_of', 'cases_of', 'genes_of', 'disk_of', 'memory_of', 'existing', 'bytes_in', 'check_disk',
+           'check_memory', 'check_writable', 'Gpus', 'gpus_here', 'check_gpu', 'check_python', 'installed', 'pins_of',
+           'check_packages', 'check_slide_libraries', 'in_cache', 'hub_of', 'check_network', 'check_token', 'check_gdc',
+           'check_folder', 'check_only', 'in_time', 'guarded', 'examine', 'check_four_bits', 'doctor', 'bytes_there',
+           'shown_arriving', 'fetch_manifest', 'folder_for', 'told', 'download', 'main']
 
 # %% ../nbs/26_reproduce.ipynb #c002
 import sys
@@ -49,7 +49,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .workspace import die_with_parents, load_profile, lock, project_root, read_json
+from .workspace import atomic, die_with_parents, load_profile, lock, project_root, read_json
 
 # %% ../nbs/26_reproduce.ipynb #c006
 HEADING = 'On the whole cohort'
@@ -268,7 +268,11 @@ def wrong(text: str,     # one sentence: what was found, what was expected, what
           code: int = 2  # exit code
          ) -> None:
     "Ends the program with a sentence."
-    console.print(Text(text, style='red'), soft_wrap=True); raise typer.Exit(code)
+    console.print(Text(one_line(text), style='red'), soft_wrap=True); raise typer.Exit(code)
+
+def one_line(text: str) -> str:  # with whatever stands in a file or a file's name
+    "The text without line breaks, and without what would move a terminal's cursor or turn its words round."
+    return ' '.join(re.sub(r'[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]', ' ', text).split())
 
 def settings_of(given: list[str]  # each name=value
                ) -> dict:         # dotted name -> value
@@ -288,11 +292,23 @@ def read_profile(profile: str,    # name or path of a profile
     try: values = load_profile(profile, settings)
     except yaml.YAMLError as e: raise ValueError(f'{profile} or a setting is not YAML: {" ".join(str(e).split())[:160]}') from None
     except (AttributeError, TypeError): raise ValueError(f'{profile} is not a profile: it must be a list of names with values, as in workflow/profiles.') from None
-    except (KeyError, OSError) as e: raise ValueError(e.args[0] if ' ' in str(e.args[0]) else f'{profile}: {e} is missing or cannot be read.') from None
+    except KeyError as e: raise ValueError(e.args[0] if ' ' in str(e.args[0]) else f'{profile}: {e} is missing.') from None
+    except (OSError, UnicodeError) as e: raise ValueError(str(e) if 'no profile' in str(e) else f'{profile} cannot be read: {getattr(e, "strerror", "") or "it is no text"}. Expected a yaml file as in workflow/profiles.') from None
     if absent := [k for k in NEEDED if not values.get(k)] or [] if 'source' in (values.get('cohort') or {}) else ['cohort: {source: ...}']:
         raise ValueError(f'{profile} says nothing about {absent[0]}. Copy a profile from workflow/profiles and change it.')
+    if not re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)*', str(values['run'])): raise ValueError(f'{values["run"]!r} is no name of a run. Expected letters, digits, - and _: the run is the folder of that name in runs/.')
+    _known_numbers(profile, values, settings)
     if any(k == 'models' for k in settings) or '/' in profile: _known_models(values)
     return values, settings
+
+def _known_numbers(profile, values, settings):
+    "What is a number in the profile must be one in the settings."
+    def at(d, dotted):
+        for k in dotted.split('.'): d = d.get(k) if isinstance(d, dict) else None
+        return d
+    usual = load_profile(profile, {})
+    for k in settings:
+        if isinstance(was := at(usual, k), int | float) and not isinstance(was, bool) and isinstance(now := at(values, k), str): raise ValueError(f'--set {k} is {now!r}. Expected a number, as the {was} of the profile.')
 
 def _known_models(values):
     "The project's own profiles are tested; what somebody wrote is checked, which takes seconds."
@@ -347,7 +363,8 @@ def reproduce(context: typer.Context,    # carries the flags for Snakemake
     run, code = project_root()/'runs'/values['run'], at_work(profile, settings, *context.args)
     if code == 2: wrong(f'Snakemake does not understand {" ".join(context.args)}. Its flags: {Path(sys.executable).name} -m snakemake --help')
     if code: wrong(f'A stage failed. Its notebook lies in {run}, with the error in it. The same command goes on from there.', 1)
-    if '-n' not in context.args: console.print(f'Done in {time.time() - start:.0f} s. Tables and figures: {run/"tables"}; all of it on one page: {run/"report"/"index.html"}')
+    page = run/'report'/'index.html'
+    if '-n' not in context.args: console.print(f'Done in {time.time() - start:.0f} s. Tables and figures: {run/"tables"}' + f'; all of it on one page: {page}'*page.exists())
     if len(problems := problems_of(run)): console.print(table_of(problems, f'{len(problems)} items were left out')); raise typer.Exit(3)
 
 def table_of(frame,           # a pandas table
@@ -359,11 +376,27 @@ def table_of(frame,           # a pandas table
     return shown
 
 # %% ../nbs/26_reproduce.ipynb #c050
+def layout_of(cohort: dict,         # of a profile, source: own
+              strict: bool = False  # True: raise what `data.own_layout` raises
+             ) -> tuple[dict, set]: # its tables, its modalities
+    "What the folder holds; where there is none, what the profile names."
+    from gemmgan_nb.data import own_layout
+    told = {k: v for k, v in cohort.items() if k not in ('source', 'folder', 'text')} | (dict(text=False) if cohort.get('text') == 'none' else {})
+    try: return own_layout(cohort['folder'] or 'NOT NAMED', told)
+    except (OSError, ValueError, KeyError):
+        if strict: raise
+    named = {k: '' if v == 'auto' else v for k, v in told.items()}
+    return named, {'text'} if named.get('clinical') or named.get('texts') else set()
+
 def gap_of(values: dict  # a profile
           ) -> str:      # '' or what is missing, a sentence
     "What a run of this profile would miss at once."
     cohort, root = values['cohort'], project_root()
     if cohort['source'] == 'own' and not cohort.get('folder'): return f'Profile {values["run"]} needs the folder of your tables: --set cohort.folder=FOLDER'
+    if cohort['source'] == 'own':
+        from gemmgan_nb.data import list_slides
+        try: told, _ = layout_of(cohort, strict=True); list_slides(Path(cohort['folder']), told.get('slides', ''), told.get('features', ''))
+        except (OSError, ValueError, KeyError) as e: return str(e.args[0] if isinstance(e, KeyError) else e)
     other = cohort.get('features_of')
     if other and not (root/'runs'/other/'cohort'/'tokens.safetensors').exists(): return f'{values["run"]} takes its slides and texts from runs/{other}, which is not there. First: make reproduce PROFILE={other}'
     return ''
@@ -401,22 +434,35 @@ def dial(set_: Settings = ()):  # settings of profile dial, each name=value
     console.print(f'Score against true signal: {out}/dial.png')
 
 # %% ../nbs/26_reproduce.ipynb #c055
+def anndata_at(path: Path  # a file of profiles
+              ) -> None:
+    "Raises ValueError, with a sentence, for what is no AnnData file."
+    import h5py
+    if not path.is_file(): raise ValueError(f'{path} is {"a folder" if path.is_dir() else "not there"}. Expected an h5ad file with one generated profile a case, or several in layers.')
+    lacks = ['HDF5'] if not h5py.is_hdf5(path) else []
+    if not lacks:
+        with h5py.File(path) as f: lacks = [k for k in ('X', 'obs', 'var') if k not in f]
+    if lacks: raise ValueError(f'{path} is no AnnData file: it {"is no HDF5" if lacks == ["HDF5"] else "has no " + lacks[0]}. Write it with anndata, as `gemmgan generate` does.')
+
+# %% ../nbs/26_reproduce.ipynb #c056
 @app.command(epilog=ending('0 done; 2 the file or the cohort does not fit', 'gemmgan evaluate --predictions mine.h5ad --cohort runs/demo/cohort'))
 def evaluate(predictions: Annotated[Path, typer.Option(help='An h5ad file: cases, genes, one profile a case in X or several in layers sample0, sample1, ...')],  # generated profiles
              cohort: Annotated[Path, typer.Option(help='A cohort directory, e.g. runs/demo/cohort.')],                                                           # what they are held against
              out: Annotated[Path | None, typer.Option(help='Where the scores go as CSV; default beside the predictions.')] = None):                              # csv file
     "Scores anybody's generated profiles like a row of the tables, floor and ceiling beside each number."
+    from gemmgan_nb.data import check_cohort
     from gemmgan_nb.experiment import evaluate_predictions
-    with stoppable('Nothing was written.'):
-        try: scores = evaluate_predictions(predictions, cohort)
-        except (OSError, ValueError, KeyError) as e: wrong(f'{e}')
+    from gemmgan_nb.generate import can_be_written
     out = out or predictions.with_suffix('.metrics.csv')
-    scores.to_csv(out, index=False)
+    with stoppable('Nothing was written.'):
+        try: anndata_at(predictions); check_cohort(cohort); can_be_written(out); scores = evaluate_predictions(predictions, cohort)
+        except (OSError, ValueError, KeyError) as e: wrong(f'{e}')
+    with atomic(out) as p: scores.to_csv(p, index=False)
     shown = Table('metric', 'value', 'floor', 'ceiling', title=f'{predictions.stem} on {cohort}')
     for r in scores.itertuples(): shown.add_row(r.metric, *(f'{v:.4f}' if v == v else '-' for v in (r.value, r.floor, r.ceiling)))
     console.print(shown, f'All of it: {out}')
 
-# %% ../nbs/26_reproduce.ipynb #c056
+# %% ../nbs/26_reproduce.ipynb #c057
 @app.command(epilog=ending('0 written; 2 a sentence says what does not fit', 'gemmgan generate --slide x.svs --text "A woman, 61 years, ductal carcinoma of the breast." --n 64 --out x.h5ad'))
 def generate(out: Annotated[Path, typer.Option(help='The h5ad file to write.')],  # h5ad file
              slide: Annotated[list[str], typer.Option(help='A slide, several (repeat it), or one csv with columns slide, text, mpp.')] = [],  # noqa: B006 (paths; typer copies it)
@@ -439,10 +485,10 @@ def generate(out: Annotated[Path, typer.Option(help='The h5ad file to write.')],
         warnings.simplefilter('ignore')
         try: writable(out); write(out, data := make(checkpoint, given, text, features, region, mpp, n, seed, samples, i_know_it_is_simulated=i_know_it_is_simulated, **weights))
         except GenerateError as e: wrong(f'{e}')
-    for said in [*data.uns['problems'], *data.uns['warnings']]: console.print(Text(said, style='yellow'), soft_wrap=True)
-    console.print(f'{data.n_obs} patients, {data.n_vars} genes in {data.uns["unit"]}, from {data.uns["checkpoint"]["title"]}: {out}', markup=False, soft_wrap=True)
+    for said in [*data.uns['problems'], *data.uns['warnings']]: console.print(Text(one_line(said), style='yellow'), soft_wrap=True)
+    console.print(one_line(f'{data.n_obs} patients, {data.n_vars} genes in {data.uns["unit"]}, from {data.uns["checkpoint"]["title"]}: {out}'), markup=False, soft_wrap=True)
 
-# %% ../nbs/26_reproduce.ipynb #c057
+# %% ../nbs/26_reproduce.ipynb #c058
 @app.command(epilog=ending('0 written; 2 there is no such run, or the page may not lie there', 'gemmgan report', 'gemmgan report --profile her2st', 'gemmgan report --out /tmp/page'))
 def report(profile: Profile = 'demo',  # name or path of a profile
            set_: Settings = (),        # settings, each name=value
@@ -457,7 +503,7 @@ def report(profile: Profile = 'demo',  # name or path of a profile
     for k, why in missing.items(): console.print(Text(f'{SECTIONS[k][0]}: {why}'), soft_wrap=True)
     console.print(f'Open {page}', soft_wrap=True)
 
-# %% ../nbs/26_reproduce.ipynb #c058
+# %% ../nbs/26_reproduce.ipynb #c059
 @app.command(hidden=True)
 def stage(notebook: str,       # a chapter
           executed: str,       # where the executed notebook goes
@@ -466,9 +512,9 @@ def stage(notebook: str,       # a chapter
     "Runs one stage; the pipeline calls it."
     from papermill.exceptions import PapermillExecutionError
     try: run_stage(notebook, executed, json.loads(params), section)
-    except PapermillExecutionError as e: wrong(f"{Path(notebook).stem}: {e.ename}: {e.evalue}\nThe whole story: {executed}", 1)
+    except PapermillExecutionError as e: wrong(f'{Path(notebook).stem}: {e.ename}: {e.evalue} The whole story: {executed}', 1)
 
-# %% ../nbs/26_reproduce.ipynb #c060
+# %% ../nbs/26_reproduce.ipynb #c061
 class Finding(NamedTuple):
     "A line of the doctor's table."
     check: str        # what was looked at
@@ -487,7 +533,7 @@ def finding(check: str,     # what was looked at
     "A line whose remedy stands there only when it is wanted."
     return Finding(check, str(found), str(needed), 'fine' if good else otherwise, '' if good else remedy)
 
-# %% ../nbs/26_reproduce.ipynb #c063
+# %% ../nbs/26_reproduce.ipynb #c064
 class Needs(NamedTuple):
     "What a profile asks of a machine."
     slides: bool    # are slides read?
@@ -506,7 +552,7 @@ def needs_of(values: dict  # a profile
     must = writer or slides and e['image'] != 'efficientnet_lite0'
     return Needs(slides, networks, writer, _endpoint(values['cohort']), 'must' if must else 'helps' if _work(values) > 1e7 else '')
 
-# %% ../nbs/26_reproduce.ipynb #c065
+# %% ../nbs/26_reproduce.ipynb #c066
 def ways_of(cohort: dict  # of a profile
            ) -> tuple[bool, bool, bool]:  # are slides read? texts written? texts encoded?
     "Which parts of the pipeline a cohort goes through."
@@ -516,19 +562,7 @@ def ways_of(cohort: dict  # of a profile
     tables, has = layout_of(cohort)
     return bool(tables.get('slides') and not tables.get('features')), 'text' in has and not (tables.get('texts') or tables.get('tokens')), 'text' in has and not tables.get('tokens')
 
-def layout_of(cohort: dict,         # of a profile, source: own
-              strict: bool = False  # True: raise what `data.own_layout` raises
-             ) -> tuple[dict, set]: # its tables, its modalities
-    "What the folder holds; where there is none, what the profile names."
-    from gemmgan_nb.data import own_layout
-    told = {k: v for k, v in cohort.items() if k not in ('source', 'folder', 'text')} | (dict(text=False) if cohort.get('text') == 'none' else {})
-    try: return own_layout(cohort['folder'] or 'NOT NAMED', told)
-    except (OSError, ValueError, KeyError):
-        if strict: raise
-    named = {k: '' if v == 'auto' else v for k, v in told.items()}
-    return named, {'text'} if named.get('clinical') or named.get('texts') else set()
-
-# %% ../nbs/26_reproduce.ipynb #c066
+# %% ../nbs/26_reproduce.ipynb #c067
 def _llama():
     from gemmgan_nb.summaries import LLAMA
     return LLAMA
@@ -545,7 +579,7 @@ def _work(values):
     t = values.get('training') or {}
     return t.get('steps', 0)*t.get('batch', 1)*len(values['models'])*len(values.get('seeds', [0]))
 
-# %% ../nbs/26_reproduce.ipynb #c070
+# %% ../nbs/26_reproduce.ipynb #c071
 USUAL = dict(gdc=(1944, 1500), simulated=(160, 30), her2st=(1300, 9), own=(1200, 500))   # source -> cases, patches a case
 WEIGHTS = {'uni': 1.2, 'uni2': 2.7, 'clinical_modernbert': .6, 'efficientnet_lite0': 0, 'minilm': 0}   # GB to fetch
 
@@ -567,7 +601,7 @@ def genes_of(values: dict) -> int:  # a profile
     "Genes of a cohort; where it does not say, the paper's 18,868."
     return next((v for k in ('genes', 'n_genes') if isinstance(v := values['cohort'].get(k), int)), 18868)
 
-# %% ../nbs/26_reproduce.ipynb #c072
+# %% ../nbs/26_reproduce.ipynb #c073
 def disk_of(values: dict       # a profile
            ) -> dict[str, float]:  # part of the run's folder -> gigabytes
     "What a run will take on the disk, in parts."
@@ -583,7 +617,7 @@ def disk_of(values: dict       # a profile
                  fits=len(values['models'])*len(values.get('seeds', [0]))*genes*6e3)
     return {k: round(v/1e9, 3) for k, v in parts.items()}
 
-# %% ../nbs/26_reproduce.ipynb #c078
+# %% ../nbs/26_reproduce.ipynb #c079
 def memory_of(values: dict,  # a profile
               cores: int,    # stages side by side at most
               gpu: bool      # True: the language model lives there
@@ -593,7 +627,7 @@ def memory_of(values: dict,  # a profile
     writer = 0 if gpu or not needs_of(values).writer else 2*16.1
     return round(max(stage, writer), 1), round(max(stage*min(cores, len(values['models'])), writer), 1)
 
-# %% ../nbs/26_reproduce.ipynb #c081
+# %% ../nbs/26_reproduce.ipynb #c082
 def existing(folder: str | Path  # a folder that may not be there yet
             ) -> Path:           # it, or the nearest one above it that is
     "Where a folder would be made."
@@ -618,7 +652,7 @@ def check_disk(places: dict[str, tuple[Path, float]],  # what it is for -> folde
                             f'Free {need + spare - free:.0f} GB, or put {parts[0][0]} on a larger disk (a link will do).'))
     return rows
 
-# %% ../nbs/26_reproduce.ipynb #c084
+# %% ../nbs/26_reproduce.ipynb #c085
 def check_memory(values: dict,  # a profile
                  gpu: bool,     # True: the language model lives on a GPU
                  cores: int | None = None,  # default: those of this machine
@@ -641,7 +675,7 @@ def check_writable(name: str,            # what the folder is called
     except OSError as e: said = e.strerror or str(e)
     return finding(f'writing to {name}', said or 'possible', 'possible', not said, f'Make {folder} a folder that you may write to.')
 
-# %% ../nbs/26_reproduce.ipynb #c088
+# %% ../nbs/26_reproduce.ipynb #c089
 class Gpus(NamedTuple):
     "What PyTorch and the driver say."
     build: str    # CUDA of the PyTorch build, '' for a CPU build
@@ -659,7 +693,7 @@ def gpus_here() -> Gpus:
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return Gpus(torch.version.cuda or '', [(c.name, c.total_memory/1e9, f'sm_{c.major}{c.minor}') for c in cards], torch.cuda.get_arch_list(), driver)
 
-# %% ../nbs/26_reproduce.ipynb #c090
+# %% ../nbs/26_reproduce.ipynb #c091
 def check_gpu(here: Gpus,  # from `gpus_here`
               want: str,   # must, helps or ''
               need: float = 8.  # gigabytes
@@ -676,7 +710,7 @@ def check_gpu(here: Gpus,  # from `gpus_here`
     if here.driver: return finding('GPU', f'driver for CUDA {here.driver}, PyTorch for {here.build}', ask, not want, f'Update the driver to one for CUDA {here.build}, or install a PyTorch for CUDA {here.driver} (pytorch.org/get-started).', must)
     return finding('GPU', 'none', ask, not want, 'It would take days on a CPU. Take a GPU server, or smaller networks: --set encoders.image=efficientnet_lite0 --set summaries.writer=template' if want == 'must' else 'Training will take a night or more. A GPU makes it an hour.', must)
 
-# %% ../nbs/26_reproduce.ipynb #c095
+# %% ../nbs/26_reproduce.ipynb #c096
 def check_python(here: str = platform.python_version(),  # version
                  asked: str = '>=3.11,<3.14'             # as in pyproject.toml
                 ) -> Finding:
@@ -684,7 +718,7 @@ def check_python(here: str = platform.python_version(),  # version
     from packaging.specifiers import SpecifierSet
     return finding('Python', here, asked, SpecifierSet(asked).contains(here, prereleases=True), 'Make the environment anew with Python 3.11, 3.12 or 3.13: rm -r .venv; make plan PYTHON=python3.11')
 
-# %% ../nbs/26_reproduce.ipynb #c097
+# %% ../nbs/26_reproduce.ipynb #c098
 def installed(name: str) -> str:  # of a package
     "Its version, '' where it is not installed."
     try: return metadata.version(name)
@@ -709,7 +743,7 @@ def check_packages(asked: list[str],   # requirements, e.g. ['numpy', 'snakemake
     return [finding('packages', f'{len(wanted) - len(bad)} of {len(wanted)}', 'settings.ini', not bad, f'pip install -c constraints.txt {" ".join(repr(b) if ">" in b else b for b in bad)}'),
             finding('versions', ', '.join(moved) or 'as tried', 'constraints.txt', not moved, 'Should something fail: pip install -c constraints.txt -e .', 'warning')]
 
-# %% ../nbs/26_reproduce.ipynb #c099
+# %% ../nbs/26_reproduce.ipynb #c100
 def check_slide_libraries(load: Callable = importlib.import_module  # name -> module
                          ) -> Finding:
     "Whether OpenSlide's binary loads, and imagecodecs knows JPEG and JPEG 2000, in which slides are compressed."
@@ -719,7 +753,7 @@ def check_slide_libraries(load: Callable = importlib.import_module  # name -> mo
         except Exception as e: bad.append(f'{name}: {" ".join(str(e).split())[:80]}')
     return finding('slide libraries', ', '.join(bad or known), 'openslide, tifffile, imagecodecs', not bad, 'pip install --force-reinstall -c constraints.txt openslide-bin openslide-python tifffile imagecodecs')
 
-# %% ../nbs/26_reproduce.ipynb #c102
+# %% ../nbs/26_reproduce.ipynb #c103
 def in_cache(hub: str,          # owner/name
              cache: Path | None = None  # default: the hub's
             ) -> bool:
@@ -736,7 +770,7 @@ def hub_of(name: str   # an encoder or a repository, perhaps with @revision
     source = ENCODERS[plain].source if plain in ENCODERS else f'hub: {plain}'
     return source.removeprefix('hub: ') if source.startswith('hub: ') else ''
 
-# %% ../nbs/26_reproduce.ipynb #c104
+# %% ../nbs/26_reproduce.ipynb #c105
 def check_network(name: str,               # an encoder or a repository
                   checkpoint: str = '',    # the local folder that would be used instead
                   setting: str = '',       # which setting names that folder, e.g. encoders.image_checkpoint
@@ -755,7 +789,7 @@ def check_network(name: str,               # an encoder or a repository
     return finding(what, f'{said.partition("). ")[0].removeprefix(hub).strip()})', 'weights', False, f'Accept its licence at https://huggingface.co/{hub} if it is gated, and log in: hf auth login. Offline: hf download {hub} --local-dir FOLDER '
                    f'where there is a network, then --set {setting}=FOLDER. Or do without: --set {instead}')
 
-# %% ../nbs/26_reproduce.ipynb #c106
+# %% ../nbs/26_reproduce.ipynb #c107
 def check_token(networks: dict,   # network -> local checkpoint or ''
                 token: str | None # what was found, or None
                ) -> list[Finding]:  # none where nothing gated is wanted
@@ -766,7 +800,7 @@ def check_token(networks: dict,   # network -> local checkpoint or ''
     return [finding("hub's token", 'HF_TOKEN' if os.environ.get('HF_TOKEN') else 'of hf auth login' if token else 'none', f'for {", ".join(gated)}', bool(token),
                     'Make one at https://huggingface.co/settings/tokens (read is enough), then: export HF_TOKEN=... or hf auth login')]
 
-# %% ../nbs/26_reproduce.ipynb #c110
+# %% ../nbs/26_reproduce.ipynb #c111
 def check_gdc(endpoint: str  # GDC's address
              ) -> Finding:
     "Whether GDC answers."
@@ -775,7 +809,7 @@ def check_gdc(endpoint: str  # GDC's address
     except (GdcError, OSError, ValueError, AttributeError) as e: good, said = False, m[0] if (m := re.search(r'(?<=\] )[A-Z][^\'"()]+|answers .{0,60}', str(e))) else str(e)[:80]
     return finding('GDC', said, endpoint, good, f'Open {endpoint}/status in a browser. Behind a proxy: export HTTPS_PROXY=... Or download elsewhere with gdc_manifest.txt and gdc-client, or wait.')
 
-# %% ../nbs/26_reproduce.ipynb #c112
+# %% ../nbs/26_reproduce.ipynb #c113
 def check_folder(cohort: dict  # of a profile
                 ) -> list[Finding]:  # none where no folder is named
     "Whether the tables or sections are where the profile says."
@@ -800,7 +834,7 @@ def check_only(cohort: dict  # of a profile
     except (OSError, ValueError, EOFError) as e: said, good = f'{e}', False
     return [finding('manifest', said, cohort['only'], good, 'Name a manifest in gdc-client\'s format: --set cohort.only=FILE')]
 
-# %% ../nbs/26_reproduce.ipynb #c116
+# %% ../nbs/26_reproduce.ipynb #c117
 def in_time(calls: dict[str, Callable],  # name -> function that gives a finding
             seconds: float = 10.         # for all of them together
            ) -> list[Finding]:           # in their order
@@ -820,7 +854,7 @@ def guarded(name: str,      # what is looked at
     try: return call()
     except Exception as e: return finding(name, f'{type(e).__name__}: {e}'[:160], 'a check that runs', False, 'A library is damaged or absent: pip install -c constraints.txt -e .')
 
-# %% ../nbs/26_reproduce.ipynb #c118
+# %% ../nbs/26_reproduce.ipynb #c119
 def examine(values: dict,        # a profile
             seconds: float = 10. # for servers to answer
            ) -> list[Finding]:
@@ -848,7 +882,7 @@ def check_four_bits() -> Finding:
     precision, why = precision_here('cuda')
     return finding('language model', precision, 'nf4: four bits a weight', precision == 'nf4', f"{why}. Or: pip install -c constraints.txt -e '.[llama]'", 'warning')
 
-# %% ../nbs/26_reproduce.ipynb #c120
+# %% ../nbs/26_reproduce.ipynb #c121
 def _local(values, needs, gpu):
     "The lines that need no network."
     root, cohort = project_root(), values['cohort']
@@ -874,7 +908,7 @@ def _places(values, needs, run):
     weights = sum(WEIGHTS.get(n, 1.5) for n, c in needs.networks.items() if hub_of(n) and not c and not in_cache(hub_of(n))) + sum(16.1 for n, c in needs.writer.items() if not c and not in_cache(hub_of(n)))
     return {'runs/': (run, max(0., sum(disk_of(values).values()) - bytes_in(run)/1e9))} | ({"the hub's cache": (Path(constants.HF_HUB_CACHE), weights)} if weights else {})
 
-# %% ../nbs/26_reproduce.ipynb #c125
+# %% ../nbs/26_reproduce.ipynb #c126
 @app.command(epilog=ending('0 nothing is missing (there may be warnings); 1 something is missing that the profile needs; 2 wrong use', 'gemmgan doctor', 'gemmgan doctor --profile tcga',
                            'gemmgan doctor --profile tcga --set encoders.image=efficientnet_lite0 --set summaries.writer=template'))
 def doctor(profile: Profile = 'demo', # name or path of a profile
@@ -893,7 +927,7 @@ def doctor(profile: Profile = 'demo', # name or path of a profile
     if count['missing']: wrong(f'{count["missing"]} missing, {count["warning"]} warnings: the column "what to do" says how to go on.', 1)
     console.print(f'Nothing is missing, {count["warning"]} warnings. Begin: gemmgan reproduce --profile {profile}', soft_wrap=True)
 
-# %% ../nbs/26_reproduce.ipynb #c127
+# %% ../nbs/26_reproduce.ipynb #c128
 def bytes_there(table,       # manifest: id, filename, ...
                 folder: Path # where its files go
                ) -> int:
@@ -921,7 +955,7 @@ def shown_arriving(table,             # manifest
         try: yield
         finally: stop.set()
 
-# %% ../nbs/26_reproduce.ipynb #c128
+# %% ../nbs/26_reproduce.ipynb #c129
 def fetch_manifest(manifest: Path,     # gdc-client's format
                    folder: Path,       # files go to folder/<id>/<filename>
                    base: str,          # GDC's address
@@ -945,7 +979,7 @@ def folder_for(folder: Path  # to be made
     try: folder.mkdir(parents=True, exist_ok=True); tempfile.TemporaryFile(dir=folder).close(); return True
     except OSError: return False
 
-# %% ../nbs/26_reproduce.ipynb #c130
+# %% ../nbs/26_reproduce.ipynb #c131
 def told(report,       # of `fetch_manifest`, or of the stage's download.csv files
          where: Path,  # where the files are
          on: str       # how to go on
@@ -958,7 +992,7 @@ def told(report,       # of `fetch_manifest`, or of the stage's download.csv fil
     console.print(table_of(bad.head(20), 'missing' if len(bad) <= 20 else f'20 of {len(bad)} that are missing'))
     wrong(f'{n["bad"]} files are missing; missing.txt lists them. What is there is kept. Go on: {on}', 1)
 
-# %% ../nbs/26_reproduce.ipynb #c134
+# %% ../nbs/26_reproduce.ipynb #c135
 @app.command(epilog=ending('0 every file is there, verified; 1 something is missing; 2 wrong use', 'gemmgan download --profile tcga', 'gemmgan download --set "cohort.selection={projects: [TCGA-HNSC], largest: 0}"',
                            'gemmgan download --manifest gdc_manifest.txt --to slides --workers 8'))
 def download(profile: Profile = 'tcga', # name or path of a profile whose cohort GDC has
@@ -987,7 +1021,7 @@ def _one_manifest(manifest, folder, base, workers):
         except OSError as e: wrong(str(e), 1)
     told(report, folder, again)
 
-# %% ../nbs/26_reproduce.ipynb #c136
+# %% ../nbs/26_reproduce.ipynb #c137
 def _cohort(profile, settings):
     "The pipeline up to its first stage, and what that left in download.csv."
     import pandas as pd

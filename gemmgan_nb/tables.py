@@ -7,7 +7,8 @@ __all__ = ['PANEL', 'PANEL2', 'COLUMNS', 'ROWS', 'CONDITION', 'AUDIT', 'HEADLINE
            'ablation', 'ordered', 'spreads', 'read_patients', 'resampled', 'fixed', 'plausible', 'interval', 'loss',
            'best', 'differences', 'Sheet', 'cell', 'cells', 'sheet', 'table', 'latex', 'webpage', 'markdown', 'shades',
            'turned', 'draw', 'bounds', 'joined', 'headline', 'simple', 'verdict_lines', 'abs_span', 'cohort_name',
-           'reasons', 'legend', 'plot_condition', 'write_sheet', 'write_tables', 'gather', 'plot_dial']
+           'reasons', 'folded', 'smallest', 'power_lines', 'legend', 'plot_condition', 'write_sheet', 'write_tables',
+           'gather', 'plot_dial']
 
 # %% ../nbs/23_tables.ipynb #c002
 import html
@@ -117,12 +118,12 @@ def resampled(patients: dict,      # of `read_patients`
              ) -> dict:            # (metric, model, seed) -> (B,) deviations
     "How correlation, CRPS and R2 scatter over resamples of the patients, around their own mean."
     if 'real' not in patients: return {}
-    real, found = np.asarray(patients['real'], np.float64), {}
-    w = bootstrap_weights(len(real), B, 0, groups)
+    found, w = {}, bootstrap_weights(len(patients['real']), B, 0, groups)
     average = lambda x: (w @ torch.as_tensor(np.asarray(x, np.float64))/w.sum(1)).numpy()
     for key, x in progress(list(patients.items()), 'row'):
         if key == 'real': continue
         model, seed, what = key.rsplit('/', 2)
+        real = np.asarray(patients.get(f'real/{seed}/truth', patients['real']), np.float64)    # under folds each repeat has units of its own
         if what == 'crps': found['crps', model, int(seed)] = average(x)
         elif what == 'mean':
             found['correlation', model, int(seed)] = bootstrap_correlation(torch.as_tensor(x), torch.as_tensor(real), w).numpy()
@@ -445,19 +446,22 @@ def cohort_name(cohort: Cohort) -> str:  # what the tables are about
     "`TCGA` only for what the paper is about: its patients with slides; otherwise what it is."
     projects = sorted({str(p).split('-')[0] for p in cohort.obs.project})
     if cohort.uns.get('simulated'): return 'simulated patients'
-    return ('TCGA' if 'image' in cohort.modalities else 'expression of TCGA patients, without slides') if projects == ['TCGA'] else ', '.join(projects)
+    return ('TCGA' if 'image' in cohort.modalities else 'expression of TCGA patients, without slides') if projects == ['TCGA'] else ', '.join(p for p in projects if p) or "a cohort of one's own"
 
 # %% ../nbs/23_tables.ipynb #c080
 def reasons(cohort: Cohort,  # what the tables are about
-            models: list[str]  # rows that were run
+            models: list[str], # rows that were run
+            folds: dict | None = None  # k, repeats of a cross-validation; None or empty: a split
            ) -> list[str]:
     "Sentences that stand under the tables."
     spec = lambda m: ENTRIES.get(m, {}).get('spec', {})
-    lines = [f'{len(cohort.split("train"))} training, {len(cohort.split("val"))} validation and {len(cohort.split("test"))} test cases; {cohort.X.shape[1]} genes in {cohort.unit}.']
+    genes = f'{cohort.X.shape[1]} genes in {cohort.unit}.'
+    lines = [*folded(cohort, folds), genes] if folds else [f'{len(cohort.split("train"))} training, {len(cohort.split("val"))} validation and {len(cohort.split("test"))} test cases; {genes}']
     if cohort.uns.get('simulated'): lines.append('A simulated cohort: these numbers say nothing about TCGA and are not comparable with the paper.')
     if cohort.uns.get('within_patient'): lines.append('Within patient: training and test share patients.')
     elif cohort.uns.get('val_within_patient'): lines.append('Training and validation share patients; the test patients are new.')
-    if 'labels' not in cohort.modalities: lines.append('Utility is "-": the cohort has at most one disease type, so there is nothing to classify.')
+    if folds: pass
+    elif 'labels' not in cohort.modalities: lines.append('Utility is "-": the cohort has at most one disease type, so there is nothing to classify.')
     elif bare := [title_of(m) for m in models if spec(m) and not spec(m)['uses'] and kind_of(m) != 'ceiling']:
         lines.append(f'Utility is "-" for {", ".join(bare)}: without a condition their profiles have no label.')
     if 'train_mean' in models: lines.append('C. MSE is "-" for Train mean: a constant profile has no correlations.')
@@ -466,24 +470,53 @@ def reasons(cohort: Cohort,  # what the tables are about
     floors, ceilings = ([title_of(m) for m in ordered(models) if kind_of(m) == k] for k in ('floor', 'ceiling'))
     return [*lines, f'Floors: {", ".join(floors) or "none"}. Ceilings: {", ".join(ceilings) or "none"}; real profiles are those of training patients and know nothing of the test patient.']
 
-# %% ../nbs/23_tables.ipynb #c081
+# %% ../nbs/23_tables.ipynb #c082
+def folded(cohort: Cohort, folds: dict) -> list[str]:  # what the tables are about; k, repeats
+    "How a cross-validated table came about."
+    n, k = cohort.obs.group.nunique(), folds['k']
+    return [f'{n} patients ({len(cohort)} cases), cross-validated in {k} folds of {n//k} to {-(-n//k)} patients, cut anew {folds["repeats"]} times: each patient is tested once a repeat, by a model that has not seen that patient. Where a seed is named, it is a repeat.',
+            f"Correlation, CRPS, R2 and spread are those of all patients' predictions laid together, each z-scored on the training cases of its fold; patients are exchanged within a fold. "
+            f'Realism, detectability and the search for the right patient are averages over folds, with {max(1, n//k//3)} of {n//k} patients as neighbours in precision and recall: laid together, the real patients of one fold have trained the models of the others.',
+            f'Utility is "-": the {n//k} test patients of a fold show one or two of a tumour type, too few to be told apart. Types and sites of fewer than three patients count as one, Other. Calibration, privacy and biology are not asked: folds have no calibration side.']
+
+def smallest(se: float) -> float:  # standard error of a difference
+    "The difference that is found in four runs of five, at 5 %."
+    return (stats.norm.ppf(.975) + stats.norm.ppf(.8))*se
+
+def power_lines(draws: dict,            # of `plausible`
+                n: int,                 # patients
+                model: str = 'gemmgan', # whose advantage is asked about
+                wanted: float = .1      # difference in mean correlation that one would want to see; a weak correlation by common usage
+               ) -> list[str]:          # sentences
+    "What `n` patients could have shown: a width, the smallest difference, and the patients it would take."
+    rivals = [m for k, m in draws if k == 'correlation' and m != model and kind_of(m) == 'row']
+    if ('correlation', model) not in draws or not rivals: return []
+    other = max(rivals, key=lambda m: draws['correlation', m].mean())
+    low, high = interval(draws['correlation', model]); seen = smallest(np.std(draws['correlation', model] - draws['correlation', other]))
+    needed, single = int(np.ceil(n*(seen/wanted)**2)), np.tanh(smallest(1/max(n - 3, 1)**.5))
+    verdict, wide = f'Underpowered: {n} patients' if needed > n else f'{n} patients', interval(draws['correlation', other])
+    return [f"{verdict} place {title_of(model)}'s mean correlation in [{low:.2f}, {high:.2f}] and that of {title_of(other)}, the best other row, in [{wide[0]:.2f}, {wide[1]:.2f}]. Between the two, only a difference of {seen:.2f} or more would have been found in four runs of five; "
+            f'a difference of {wanted:g} takes some {needed} patients. A single gene\'s correlation must reach {single:.2f} to be found as often.']
+
+# %% ../nbs/23_tables.ipynb #c085
 def legend(scores: pd.DataFrame,   # model, seed, run, metric, value
            name: str,              # of the cohort
            patients: str = '',     # how patients were resampled; empty: they were not
-           paper: bool = False     # are the paper's columns shown?
+           paper: bool = False,    # are the paper's columns shown?
+           seed: str = 'training seed'  # what a seed is
           ) -> list[str]:
     "What a cell, a bold face and the paper's columns mean."
     seeds, runs = scores.groupby('model').seed.nunique().max(), scores.run.nunique()
-    lines = [f'Cells: mean (deviation over {runs} generation runs of one network, as in the paper) ± deviation over {seeds} training seeds.' if seeds > 1 else
-             f'Cells: mean (deviation over {runs} generation runs of one network, as in the paper); one training seed, so nothing is known of the spread between trainings.']
-    if patients: lines.append(f'[low, high]: 95 % interval over {patients} and training seeds.')
+    lines = [f'Cells: mean (deviation over {runs} generation runs of one network, as in the paper) ± deviation over {seeds} {seed}s.' if seeds > 1 else
+             f'Cells: mean (deviation over {runs} generation runs of one network, as in the paper); one {seed}, so nothing is known of the spread between trainings.']
+    if patients: lines.append(f'[low, high]: 95 % interval over {patients} and {seed}s.')
     lines.append('Bold: significantly better than the next row at 5 % (floors and ceilings do not compete; one comparison a metric). No bold value: the difference to the next may be chance. '
-                 'Correlation, CRPS and R2 are resampled over patients where the run left what this needs; all else is compared over training seeds for one set of test cases.')
+                 f'Correlation, CRPS and R2 are resampled over patients where the run left what this needs; all else is compared over {seed}s for one set of test cases.')
     if paper: lines.append('Columns "(paper, TCGA)" are printed values of the paper, ' + ('whose patients, split and encoders may differ from these.' if name == 'TCGA' else
                            f'from another cohort: they are not comparable with these, which are of {name}.'))
     return lines
 
-# %% ../nbs/23_tables.ipynb #c085
+# %% ../nbs/23_tables.ipynb #c089
 def plot_condition(scores: pd.DataFrame):  # model, seed, run, metric, value
     "Correlation with the patient, by row: true, and under other patients' images and texts."
     names = {'correlation': 'true condition', 'correlation_shuffled_image': 'other image', 'correlation_shuffled_text': 'other text', 'correlation_wrong_patient': 'other patient'}
@@ -498,7 +531,7 @@ def plot_condition(scores: pd.DataFrame):  # model, seed, run, metric, value
     ax.set(ylabel='mean correlation\nover genes'); ax.legend(ncols=4, loc='lower center', bbox_to_anchor=(.5, 1), handletextpad=.2)
     return fig
 
-# %% ../nbs/23_tables.ipynb #c088
+# %% ../nbs/23_tables.ipynb #c092
 def write_sheet(s: Sheet, out: Path) -> None:  # a table, its folder
     "The five files of a table."
     import matplotlib.pyplot as plt
@@ -509,28 +542,30 @@ def write_sheet(s: Sheet, out: Path) -> None:  # a table, its folder
     fig.savefig(out/(f'{s.name}.png' if s.name != 'condition' else 'condition_table.png'))
     plt.close(fig)
 
-# %% ../nbs/23_tables.ipynb #c090
+# %% ../nbs/23_tables.ipynb #c094
 def write_tables(out: str | Path,         # folder of the tables
                  scores: pd.DataFrame,    # model, seed, run, metric, value
                  cohort: Cohort,          # what they are about
                  patients: dict | None = None,  # of `read_patients`; None or empty: no intervals over patients
                  paper: dict | None = None,     # of `load_paper_values`; None: no columns of the paper and no claims.json
                  resamples: int = 500,    # of the patients
-                 shuffles: int = 5        # exchanges of patients that an exchanged view is the mean of
+                 shuffles: int = 5,       # exchanges of patients that an exchanged view is the mean of
+                 folds: dict | None = None  # k, repeats of a cross-validation, whose repeats the seeds then are; None or empty: a split
                 ) -> dict:                # sheets, headline, lines
     "table1, table2, condition, headline, verdicts, claims, differences and all spreads. Patients with several cases are drawn whole where there are at least ten."
-    out, name, test = Path(out), cohort_name(cohort), cohort.split('test')
+    out, name, test = Path(out), cohort_name(cohort), cohort if folds else cohort.split('test')
     whole = test.obs.group.nunique() >= 10
     resampling = ('test patients' if whole else f'single test cases (of {test.obs.group.nunique()} patients, too few to draw: it says nothing of other patients)') if patients else ''
     draws = plausible(scores, patients, resamples, test.obs.group.to_numpy(str) if whole else None, shuffles)
     lines = verdict_lines(scores, draws)
-    notes = [*[line for line in lines if ' beats ' in line], *reasons(cohort, list(dict.fromkeys(scores.model))), *legend(scores, name, resampling, bool(paper))]
+    power = power_lines(draws, test.obs.group.nunique()) if folds else []
+    notes = [*power, *[line for line in lines if ' beats ' in line], *reasons(cohort, list(dict.fromkeys(scores.model)), folds), *legend(scores, name, resampling, bool(paper), 'repeat' if folds else 'training seed')]
     sheets = {k: sheet(scores, draws, k, paper, {k.split('/')[0] for k in patients or ()}, [n for n in notes if k in (1, 2) or not n.startswith('Columns "')])
               for k in (1, 2, 'condition', *['audit']*bool({*scores.metric} & {*AUDIT}))}
     for s in sheets.values(): write_sheet(s, out)
-    return dict(sheets=sheets, lines=lines, headline=_decide(out, scores, draws, name, paper, lines))
+    return dict(sheets=sheets, lines=lines, headline=_decide(out, scores, draws, name, paper, [*power, *lines]))
 
-# %% ../nbs/23_tables.ipynb #c091
+# %% ../nbs/23_tables.ipynb #c095
 def _decide(out, scores, draws, name, paper, lines):
     "Headline, sentences, claims, and every number that did not fit in a table."
     top, gaps = headline(scores, draws), differences(scores, draws)
@@ -543,7 +578,7 @@ def _decide(out, scores, draws, name, paper, lines):
     if paper: write_claims(out/'claims.json', judge(CLAIMS, scores, name, paper, gaps[gaps.sure]))
     return top
 
-# %% ../nbs/23_tables.ipynb #c092
+# %% ../nbs/23_tables.ipynb #c096
 def gather(out: Path, figures: Path, simulated: bool) -> list[str]:  # tables of the run, figures/<run>, may pictures of tissue be shown
     "Copies what may be shown to `figures`; the names copied."
     names = [p.name for p in sorted(out.iterdir()) if (p.suffix in ('.csv', '.md', '.png', '.tex', '.html') or p.name == 'claims.json') and (simulated or p.name != 'figure2.png')]
@@ -551,7 +586,7 @@ def gather(out: Path, figures: Path, simulated: bool) -> list[str]:  # tables of
     for n in names: shutil.copyfile(out/n, figures/n)
     return names
 
-# %% ../nbs/23_tables.ipynb #c097
+# %% ../nbs/23_tables.ipynb #c101
 DIALLED = ('precision', 'recall', 'c_mse', 'lr_auc', 'disease_type_rf_accuracy', 'correlation', 'crps', 'retrieval')   # the paper's five, and ours
 
 def plot_dial(scores: pd.DataFrame,  # image, text (the dials), model, metric, value

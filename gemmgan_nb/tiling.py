@@ -215,7 +215,10 @@ def contours(mask: np.ndarray,  # (h, w) True = tissue
     return dict(type='FeatureCollection', features=[dict(type='Feature', properties=about, geometry=dict(
         type='Polygon', coordinates=[[[round(float(x*sx), 1), round(float(y*sy), 1)] for y, x in ring] for ring in rings])) for rings in shapes if rings])
 
-def save_contours(mask, slide, path):
+def save_contours(mask: np.ndarray,  # (h, w) bool, as `contours` takes it
+                  slide: Slide,      # whose
+                  path               # .geojson to write
+                 ) -> None:
     "Writes `contours` to a .geojson, atomically."
     with atomic(path) as p: p.write_text(json.dumps(contours(mask, slide)))
 
@@ -294,12 +297,13 @@ def plot_tiling(slide: Slide,              # an open slide
 def read_slides(path: str | Path, # csv with columns slide (name), path (absolute, or relative to the csv) and optionally mpp
                 mpp_csv: str | Path = ''  # csv with columns wsi and mpp, for slides whose mpp the first does not say; default none
                ) -> pd.DataFrame: # columns slide, path, mpp, mpp_from
-    "The slides of a cohort. Raises FileNotFoundError, or ValueError for missing columns or a name that occurs twice."
+    "The slides of a cohort. Raises FileNotFoundError, or ValueError for missing columns, a name that occurs twice, or one that leads elsewhere."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'There is no {path}. Expected a csv with columns slide, path and optionally mpp.')
     table = pd.read_csv(path, dtype=dict(slide=str, path=str))
     if missing := {'slide', 'path'} - set(table.columns): raise ValueError(f'{path.name} has no column {", ".join(sorted(missing))}. Expected slide, path and optionally mpp.')
     if (twice := table.slide[table.slide.duplicated()]).any(): raise ValueError(f'{path.name} names {twice.iloc[0]} twice. Each slide needs a name of its own.')
+    if (odd := table.slide.str.contains(r'[/\\]|^\.|[\x00-\x1f]')).any(): raise ValueError(f'{path.name} names a slide {table.slide[odd].iloc[0]!r}, and files are written by that name. Expected a plain one, without / and not beginning with a dot.')
     files, known = [path.parent/str(p) for p in table.path], read_mpp(mpp_csv) if mpp_csv else {}
     said = pd.to_numeric(table['mpp'], errors='coerce') if 'mpp' in table else pd.Series(np.nan, table.index)
     more = [known.get(f.name, known.get(name, np.nan)) for name, f in zip(table.slide, files, strict=True)]

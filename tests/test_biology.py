@@ -190,3 +190,13 @@ def test_xist_tells_the_sex_of_real_patients():
     sex = pd.read_csv(folder/'samples.tsv.gz', sep='\t').set_index('sample_id').gender.reindex(x.index); z = ((x - x.mean())/x.std()).to_numpy()
     found = M.marker_scores(z, z, sex.to_numpy(), ['XIST'], M.MARKER_GENES['sex']); print({k: round(v, 3) for k, v in found.items()})
     assert found['marker_patients'] == 50 and found['marker_accuracy_low'] > found['marker_accuracy_floor'] + .1 and found['marker_accuracy'] < 1    # some tumours of men express it
+
+
+def test_gene_sets_of_a_file_reach_the_scores(tmp_path):
+    from test_rows import make, sides, toy
+    from gemmgan_nb.baselines import Noise
+    from gemmgan_nb.experiment import more_rows
+    (tmp_path/'sets.gmt').write_text('ODD\tnote\t' + '\t'.join(f'G{i}' for i in range(1, 12, 2)) + '\n')
+    train, val, test = sides(toy()); model = make(Noise); model.fit(train, val, 0); drawn = model.sample(test, 2, 0)
+    ask = lambda file: {k for k in more_rows(model, toy(), ('biology',), drawn, file) if k.startswith('set_')}
+    assert ask(str(tmp_path/'sets.gmt')) and not ask('')

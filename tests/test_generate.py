@@ -19,7 +19,7 @@ from gemmgan_nb.condition import pack_card, reliability
 from gemmgan_nb.data import Cohort
 from gemmgan_nb.experiment import ENTRIES, construct, untrained_twin
 from gemmgan_nb.generate import (GenerateError, Looker, Request, attention, bank_reference, config_of, counterfactual, encoder_for, find_checkpoint, generate, how_far,
-                                 keep_reference, learned, plot_attention, plot_counterfactual, read_checkpoint, requests_of, tensors_of, tiny_ears, tiny_eyes, tiny_run, writable, write)
+                                 keep_reference, learned, plot_attention, plot_counterfactual, read_checkpoint, requests_of, tensors_of, tiny_ears, tiny_eyes, writable, write)
 from gemmgan_nb.simulation import write_slide
 from gemmgan_nb.slides import Slide, tiny_slide
 from gemmgan_nb.workspace import read_json, rng, write_json
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory): return tiny_run(tmp_path_factory.mktemp('runs')/'tiny', steps=60)
+def run(tiny_place, tmp_path_factory): return Path(shutil.copytree(tiny_place, tmp_path_factory.mktemp('runs')/'tiny'))
 
 
 @pytest.fixture(scope='module')
@@ -81,6 +81,7 @@ def test_the_file_says_what_it_is(run, how, tmp_path):
     assert back.shape == (1, 16) and back.uns['unit'] == 'log2(tpm+1)' and back.uns['seed'] == 3 and back.uns['n'] == 32
     assert back.uns['checkpoint']['sha256'] == how['checkpoint'].hash and set(back.uns['versions']) >= {'gemmgan_nb', 'torch'}
     assert set(back.layers) == {'q05', 'q50', 'q95', 'z_mean', 'z_q05', 'z_q50', 'z_q95'}
+    assert back.uns['quantiles'].startswith('raw')
     assert list(back.var.columns) == ['symbol', 'reliability'] and back.var_names[0].startswith('ENSG')
     row = back.obs.iloc[0]
     assert (row.image, row.mpp, row.tile_mpp, row.far) == ('s0.tiff', .5, .5, 'near') and row.tiles == 22 and len(row.text_sha256) == 64
@@ -118,6 +119,7 @@ def test_each_way_of_asking(run, how, tmp_path):
     table = generate(slide=tmp_path/'t.csv', **how)
     assert list(table.obs_names) == ['s0', 's0 (2)', 'row 4'] and table.obs.region.iloc[1] == '0,0,384,640' and 0 < table.obs.tiles.iloc[1] < 22
     assert len(table.uns['problems']) == 1 and 'none.tiff' in table.uns['problems'][0]
+    assert len(generate(slide=tmp_path/'t.csv', **how | dict(checkpoint=how['checkpoint'].folder))) == 3      # by its folder too, one bad row is left out
     half = generate(slide=run/'source'/'s0.tiff', most_tiles=5, **how); assert (half.obs.tiles.iloc[0], half.obs.tiles_on_slide.iloc[0]) == (5, 22)
 
 
@@ -266,7 +268,7 @@ def test_bad_slides(how, tmp_path, name, make, why):
     (dict(), 'Nothing is asked'), (dict(text=''), 'is empty'), (dict(text=' \n'), 'is empty'), (dict(text='word '*2001), '2,001 words'), (dict(text='word '*5000), '5,000 words'), (dict(text=float('nan')), 'no text'),
     (dict(text=7), 'no text'), (dict(text=TEXT, n=0), 'whole number'), (dict(text=TEXT, n=10**6), 'whole number'), (dict(text=TEXT, n=2.5), 'whole number'), (dict(slide='S', mpp=float('nan')), 'mpp'), (dict(slide='S', mpp=-1), 'mpp'),
     (dict(slide='S', mpp='half'), 'mpp'), (dict(slide='S', mpp=.25), 'you say 0.25'), (dict(slide='S', region='1,2,3'), 'not four'), (dict(slide='S', region=(0, 0, float('nan'), 1)), 'no area'), (dict(slide='S', region=(0, 0, -5, 9)), 'no area'),
-    (dict(slide='S', region=(9000, 0, 9, 9)), 'outside'), (dict(slide='S', region=(0, 0, 5, 5)), 'no tile'), (dict(slide=['S', 'S'], text=['a']), 'one each'), (dict(slide='S', features='F'), 'Give one'), (dict(features='F', region=(0, 0, 9, 9)), 'region')])
+    (dict(slide='S', region=(9000, 0, 9, 9)), 'outside'), (dict(slide='S', region=(0, 0, 5, 5)), 'no tile'), (dict(slide=['S', 'S'], text=['a']), 'one each'), (dict(slide='S', features='F'), 'Give one'), (dict(text='a \udcff'), 'not Unicode'), (dict(text=TEXT, seed=-1), 'The seed -1'), (dict(text=TEXT, seed=.5), 'The seed 0.5'), (dict(features='F', region=(0, 0, 9, 9)), 'region')])
 def test_bad_words_and_numbers(run, how, kw, why):
     named = dict(S=run/'source'/'s0.tiff', F=run/'features'/'tiny'/'s0.h5')
     put = lambda v: [put(x) for x in v] if isinstance(v, list) else named.get(v, v) if isinstance(v, str) else v

@@ -121,7 +121,7 @@ def test_what_is_missing_is_said(run, tmp_path, gone, section, says):
 
 
 @pytest.mark.parametrize('file, content, section', [('tables/claims.json', '{"a": 1}', 'verdicts'), ('tables/claims.json', 'nonsense', 'why'), ('tables/headline.csv', 'a,b\n1,2\n', 'bounds'),
-                                                     ('fit/gemmgan/provenance.json', '[', 'timeline'), ('tables/differences.csv', '', 'rivals')])
+                                                     ('fit/gemmgan/provenance.json', '[', 'timeline'), ('tables/differences.csv', '', 'rivals'), ('fit/gemmgan/gemmgan/seed0/model.safetensors', 'no tensors', 'profiles')])
 def test_a_broken_file_empties_its_section_only(run, tmp_path, file, content, section):
     copy = tmp_path/'run'; shutil.copytree(run, copy); (copy/file).write_text(content)
     text, why = tried(section, RunFolder(copy))
