@@ -1424,6 +1424,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'gemmgan_nb.workspace._set': ('workspace.html#_set', 'gemmgan_nb/workspace.py'),
                                       'gemmgan_nb.workspace.atomic': ('workspace.html#atomic', 'gemmgan_nb/workspace.py'),
                                       'gemmgan_nb.workspace.beat': ('workspace.html#beat', 'gemmgan_nb/workspace.py'),
+                                      'gemmgan_nb.workspace.cores': ('workspace.html#cores', 'gemmgan_nb/workspace.py'),
                                       'gemmgan_nb.workspace.die_with_parents': ( 'workspace.html#die_with_parents',
                                                                                  'gemmgan_nb/workspace.py'),
                                       'gemmgan_nb.workspace.figure': ('workspace.html#figure', 'gemmgan_nb/workspace.py'),

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'rng', 'torch_rng', 'atomic', 'write_json', 'read_json', 'sha256', 'Problems', 'project_root',
-           'load_profile', 'provenance', 'lock', 'lineage', 'die_with_parents', 'Stage', 'beat', 'progress', 'figure']
+           'load_profile', 'provenance', 'lock', 'lineage', 'die_with_parents', 'cores', 'Stage', 'beat', 'progress',
+           'figure']
 
 # %% ../nbs/02_workspace.ipynb #c002
 import fcntl
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -177,6 +179,12 @@ def die_with_parents(every: float = .5):  # seconds between looks
     threading.Thread(target=look, daemon=True).start()
 
 # %% ../nbs/02_workspace.ipynb #c037
+def cores(asked: int = 0  # 0: as many as this stage was given; 2 where nobody says
+         ) -> int:
+    "How many processes or threads a stage may use."
+    return asked or int(m[0] if (m := re.match('[1-9][0-9]*', os.environ.get('OMP_NUM_THREADS', ''))) else 2)
+
+# %% ../nbs/02_workspace.ipynb #c040
 class Stage:
     "A running stage: one writer in `folder`, no orphans, provenance at the end."
     active = None
@@ -201,7 +209,7 @@ class Stage:
         (self.folder/'heartbeat.json').unlink(missing_ok=True)
         self._lock.__exit__(kind, *rest)
 
-# %% ../nbs/02_workspace.ipynb #c038
+# %% ../nbs/02_workspace.ipynb #c041
 def beat(name: str,          # what is being counted, e.g. 'step'
          done: int,          # how many are done
          total: int | None,  # of how many
@@ -219,7 +227,7 @@ def progress(items,          # what to loop over
     total = total or (len(items) if hasattr(items, '__len__') else None)
     for i, item in enumerate(items): beat(name, i, total); yield item
 
-# %% ../nbs/02_workspace.ipynb #c043
+# %% ../nbs/02_workspace.ipynb #c046
 PALETTE = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#7F7F7F', '#000000']
 
 def figure(nrows: int = 1,               # rows of axes

@@ -83,6 +83,7 @@ def test_bad_items_are_listed_and_the_rest_goes_on(project):
 
 def test_a_second_run_finds_nothing_to_do_and_still_tells_of_the_bad_items(project):
     assert project.stale() == set()
+    assert 'Nothing to be done' in project('plan', '--cores', '1')[1]      # on fewer cores than the run had
     code, out = project('reproduce')
     assert code == 3 and 'items were left out' in out
 

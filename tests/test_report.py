@@ -184,7 +184,6 @@ def test_small_things():
     assert tried('dial', RunFolder(Path('nosuch')))[1].startswith('Not here. dial.csv')
 
 
-@pytest.mark.slow
 def test_a_browser_opens_it_from_disk(made, browser, tmp_path):
     for width, height in ((1400, 900), (390, 844)):
         view, asked, said = browser.new_page(viewport=dict(width=width, height=height)), [], []
@@ -199,7 +198,6 @@ def test_a_browser_opens_it_from_disk(made, browser, tmp_path):
         view.screenshot(path=tmp_path/f'{width}.png'); view.close()
 
 
-@pytest.mark.slow
 def test_it_prints_whole(made, browser):
     view = browser.new_page(viewport=dict(width=1032, height=700)); view.goto(made[0].as_uri()); view.emulate_media(media='print')
     assert not view.locator('nav').is_visible() and view.evaluate("getComputedStyle(document.querySelector('.scroll')).overflowX") == 'visible'

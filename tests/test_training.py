@@ -4,12 +4,13 @@ import signal
 import time
 import traceback
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gemmgan_nb.training import WGAN, Batch, Budget, ModelSpec, leaving, ready, train_network
-from gemmgan_nb.workspace import rng
+from gemmgan_nb.training import WGAN, Batch, Budget, ModelSpec, feature_scale, leaving, ready, train_network
+from gemmgan_nb.workspace import rng, torch_rng
 from test_rows import BOTH, FUSION, SMALL, sides, toy
 
 
@@ -109,3 +110,11 @@ def test_on_a_gpu_the_condition_is_the_same_and_training_stays_finite(budget):
     with torch.no_grad(): torch.testing.assert_close(cond.float().cpu(), models['cpu'].conditions(models['cpu'].g, batch), rtol=5e-2, atol=5e-2)
     stream = torch.Generator('cuda').manual_seed(1)
     assert all(torch.isfinite(v) for _ in range(5) for v in models['cuda'].iteration(lambda: there, stream).values())
+
+
+def test_a_channel_that_is_silent_in_training_does_not_shout_in_a_test():
+    x = torch.randn(200, 5, generator=torch_rng(0)); x[:, 2] = 0; x[:, 4] *= 1e-9
+    bank = SimpleNamespace(rows=torch.arange(200), starts=torch.tensor([0]), counts=torch.tensor([200]), features=x)
+    mean, deviation = feature_scale(bank)
+    assert torch.allclose(deviation[[0, 1, 3]], x.std(0)[[0, 1, 3]]) and ((.01 - mean[[2, 4]])/deviation[[2, 4]]).max() < 1.5
+    bank.features = torch.zeros(200, 5); assert (feature_scale(bank)[1] > 0).all()
