@@ -398,8 +398,8 @@ def biology_rows(model,           # a fitted row
                 ) -> dict:        # metric -> value, of `biology_panel`
     "Fold changes, gene sets, marker genes and subtype calls of generated test patients, one case each."
     train, test = (one_each(cohort.split(k), seed) for k in ('train', 'test'))
-    at, scaled = cohort.split('test').obs.index.get_indexer(test.obs.index), lambda c: model.scaler.transform(c.X)
-    return biology_panel(drawn[0, at].numpy(), scaled(test), said_of(test), cohort.var.symbol.tolist(), sets, scaled(train), said_of(train), seed)
+    at, real = cohort.split('test').obs.index.get_indexer(test.obs.index), [scaled(model, c).numpy() for c in (test, train)]
+    return biology_panel(drawn[0, at].numpy(), real[0], said_of(test), cohort.var.symbol.tolist(), sets, real[1], said_of(train), seed)
 
 def more_rows(model,           # a fitted row
               cohort: Cohort,  # whole
