@@ -10,7 +10,9 @@ for path in sorted((Path(__file__).parents[1]/'nbs').glob('*.ipynb')):
     nb = json.loads(path.read_text())
     shown = [o['data'] for c in nb['cells'] for o in c.get('outputs', []) if {'image/png', 'image/jpeg'} & set(o.get('data', {}))]
     for data in shown:
-        picture = Image.open(io.BytesIO(base64.b64decode(data.pop('image/png', None) or data.pop('image/jpeg')))).convert('RGB')
+        picture = Image.open(io.BytesIO(base64.b64decode(next(data[k] for k in ('image/png', 'image/jpeg') if k in data))))
+        if picture.mode == 'P' or picture.format == 'JPEG': continue      # small already; again would only blur it
+        data.pop('image/png'); picture = picture.convert('RGB')
         picture.thumbnail((720, 720))
         drawing, photo = io.BytesIO(), io.BytesIO()
         picture.quantize(64).save(drawing, 'png', optimize=True)
