@@ -1421,6 +1421,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'gemmgan_nb.workspace.Stage.__init__': ('workspace.html#stage.__init__', 'gemmgan_nb/workspace.py'),
                                       'gemmgan_nb.workspace.Stage.note': ('workspace.html#stage.note', 'gemmgan_nb/workspace.py'),
                                       'gemmgan_nb.workspace._git': ('workspace.html#_git', 'gemmgan_nb/workspace.py'),
+                                      'gemmgan_nb.workspace._over': ('workspace.html#_over', 'gemmgan_nb/workspace.py'),
                                       'gemmgan_nb.workspace._set': ('workspace.html#_set', 'gemmgan_nb/workspace.py'),
                                       'gemmgan_nb.workspace.atomic': ('workspace.html#atomic', 'gemmgan_nb/workspace.py'),
                                       'gemmgan_nb.workspace.beat': ('workspace.html#beat', 'gemmgan_nb/workspace.py'),

@@ -123,7 +123,7 @@ class Section:
     spots: pd.DataFrame    # spots under tissue, index 'XxY'
     counts: pd.DataFrame   # (spots, genes) counts of the spots that are in both files
     @property
-    def patient(self): return re.match('[A-Za-z]*', self.name)[0] or self.name
+    def patient(self): return self.name.split('_')[0] if '_' in self.name else re.match('[A-Za-z]*', self.name)[0] or self.name
     def __repr__(self):
         return (f'{self.name}: {len(self.spots)} spots, {len(self.counts)} with counts of {self.counts.shape[1]:,} genes, '
                 f'{self.size[0]:,} x {self.size[1]:,} px at {self.mpp:.3f} µm/px')
@@ -231,12 +231,12 @@ def assign_splits(sections: list[Section],      # all sections in use
     return side, set().union(*(on - {'train'} for on in sides.values() if len(on) > 1))
 
 # %% ../nbs/06_her2st.ipynb #c044
-def _spots_of(section, min_counts):
+def _spots_of(section, min_counts, project):
     "obs and log-normalised expression of the spots of a section that have enough counts."
     total = section.counts.sum(axis=1)
     keep = total.index[total >= min_counts]
     if keep.empty: raise ValueError(f'Section {section.name} has no spot with {min_counts} counts. Leave it out, or lower min_counts.')
-    facts = dict(group=section.patient, project='HER2ST', disease_type='', primary_site='', slide=section.name)
+    facts = dict(group=section.patient, project=project, disease_type='', primary_site='', slide=section.name)
     obs = section.spots.loc[keep, ['x', 'y']].assign(**facts, total_counts=total[keep].astype(int), spot=keep)
     return obs.set_index(section.name + '_' + keep), log_cp10k(section.counts.loc[keep]).set_index(section.name + '_' + keep)
 
@@ -264,12 +264,13 @@ def build_her2st(folder: str | Path,           # holds the files of the sections
                  n_genes: int = 1000,          # most variable genes of the training spots
                  within_patient: bool = False, # may a patient stand on two sides?
                  min_counts: int = 200,        # a spot with fewer is no case
-                 tiles: str | Path | None = None  # where the tiles go; default out/tiles
+                 tiles: str | Path | None = None,  # where the tiles go; default out/tiles
+                 project: str = 'HER2ST'       # what the tables call the cohort
                 ) -> pd.DataFrame:             # a row a section: what was found and kept
     "Writes a cohort of spots. Raises LeakError, FileNotFoundError or ValueError, each saying what to do."
     out, sections = Path(out), read_sections(folder, [*train, *val, *test])
     side, shared = assign_splits(sections, train, val, test, within_patient)
-    parts = {s.name: _spots_of(s, min_counts) for s in sections}
+    parts = {s.name: _spots_of(s, min_counts, project) for s in sections}
     obs = pd.concat([o for o, _ in parts.values()]).rename_axis('case_id')
     obs['split'] = obs.slide.map(side)
     X, learn = pd.concat([x for _, x in parts.values()], join='inner'), obs.split == 'train'

@@ -13,7 +13,7 @@ import re
 import warnings
 import weakref
 from collections import OrderedDict, deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from threading import Lock
@@ -159,8 +159,8 @@ class TiledLevel:
         self.fd, self.level, self.width, self.height = fd, level, page.imagewidth, page.imagelength
         self.tile_w, self.tile_h = page.tilewidth, page.tilelength
         self.columns, self.offsets, self.counts = -(-self.width//self.tile_w), page.dataoffsets, page.databytecounts
-        tables, colour, self.kind = page.jpegtables, 'RGB' if page.photometric == 2 else 'YCBCR', page.compression
-        def jpeg(data, i, out): return imagecodecs.jpeg8_decode(data, tables=tables, colorspace=colour, outcolorspace='RGB', out=out)
+        shared, colour, self.kind = (page.jpegtables or b'')[:-2], 'RGB' if page.photometric == 2 else 'YCBCR', page.compression
+        def jpeg(data, i, out): return imagecodecs.jpeg8_decode(shared + data[2:] if shared else data, colorspace=colour, outcolorspace='RGB', out=out)
         def j2k(data, i, out): return imagecodecs.jpeg2k_decode(data, out=out)
         self._decode = {7: jpeg, 33003: j2k, 33005: j2k}.get(self.kind, lambda data, i, out: page.decode(data, i)[0][0])
     @staticmethod
@@ -182,10 +182,11 @@ class TiledLevel:
 # %% ../nbs/07_slides.ipynb #c030
 class Kept:
     "A tile of the store; while entered, nobody takes its memory."
-    def __init__(self, memory): self.memory, self.answer, self.users = memory, Future(), []  # (tile_h, tile_w, 3) uint8 to decode into
+    def __init__(self, memory): self.memory, self.busy, self.pixels, self.error, self.users = memory, Lock(), None, None, []  # (tile_h, tile_w, 3) uint8 to decode into
     def __enter__(self):
-        try: return self.answer.result()
-        except Exception: self.users.pop(); raise
+        with self.busy: pass      # until it is decoded
+        if self.error is None: return self.pixels
+        self.users.pop(); raise self.error
     def __exit__(self, *_): self.users.pop()
 
 class Direct:
@@ -204,8 +205,8 @@ class Direct:
         v = self.levels[0]
         self.keep = min(2*max(v.columns, -(-v.height//v.tile_h)) + 6, max(4, self.KEEP//(3*v.tile_w*v.tile_h)))
     def _memory(self, level):
-        for of, i in [k for k, kept in self.tiles.items() if not kept.users][:max(0, len(self.tiles) - self.keep + 1)]:
-            self.spare.setdefault(of, []).append(self.tiles.pop((of, i)).memory)
+        while len(self.tiles) >= self.keep and (oldest := next((k for k, kept in self.tiles.items() if not kept.users), None)):
+            self.spare.setdefault(oldest[0], []).append(self.tiles.pop(oldest).memory)
         v, spare = self.levels[level], self.spare.get(level)
         return spare.pop() if spare else np.empty((v.tile_h, v.tile_w, 3), np.uint8)
     def tile(self,
@@ -213,11 +214,12 @@ class Direct:
              i: int):     # the number of a tile, row by row
         "A tile from the store, or decoded, to be entered; errors are those of `TiledLevel.decode`."
         with self.lock:
-            if missing := (kept := self.tiles.pop((level, i), None)) is None: kept = Kept(self._memory(level))
+            if missing := (kept := self.tiles.pop((level, i), None)) is None: kept = Kept(self._memory(level)); kept.busy.acquire()
             self.tiles[level, i] = kept; kept.users.append(1)
         if missing:
-            try: kept.answer.set_result(self.levels[level].decode(i, kept.memory))
-            except Exception as e: kept.answer.set_exception(e)
+            try: kept.pixels = self.levels[level].decode(i, kept.memory)
+            except Exception as e: kept.error = e
+            finally: kept.busy.release()
         return kept
 
 # %% ../nbs/07_slides.ipynb #c032

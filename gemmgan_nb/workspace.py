@@ -110,7 +110,11 @@ def _set(profile: dict, dotted: str, value):
     if last not in node: raise KeyError(f'The profile has no setting {dotted!r}. It has: {", ".join(sorted(node)) or "nothing at that place"}.')
     node[last] = yaml.safe_load(value) if isinstance(value, str) else value
 
-def load_profile(name: str,                  # a name in workflow/profiles, or the path of a yaml file
+def _over(base: dict, new: dict):
+    "Settings of `new` over those of `base`, level by level."
+    return base | {k: _over(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in new.items()}
+
+def load_profile(name: str,                  # a name in workflow/profiles, or the path of a yaml file; its `base` names another that it differs from
                  settings: dict | None = None  # dotted name -> value, e.g. {'training.steps': 50}; strings are read as YAML
                 ) -> dict:
     "The profile `name` with `settings` changed. Raises FileNotFoundError or KeyError, naming what exists."
@@ -119,6 +123,7 @@ def load_profile(name: str,                  # a name in workflow/profiles, or t
         known = sorted(p.stem for p in path.parent.glob('*.yaml'))
         raise FileNotFoundError(f'There is no profile {name!r}. Choose one of: {", ".join(known) or "none here"}; or give the path of a yaml file.')
     profile = yaml.safe_load(path.read_text())
+    if base := profile.pop('base', None): profile = _over(load_profile(base), profile)
     for dotted, value in (settings or {}).items(): _set(profile, dotted, value)
     profile['run'] = profile['run'].format(**profile.get('cohort', {}))   # e.g. her2st-{preset}
     return profile

@@ -16,7 +16,9 @@ import typer
 from typer.testing import CliRunner
 
 from gemmgan_nb import reproduce as r
+from gemmgan_nb.experiment import entries_of
 from gemmgan_nb.gdc import TinyGdc, tiny_archive, write_manifest
+from gemmgan_nb.training import Budget
 from gemmgan_nb.workspace import load_profile, lock
 
 ROOT = Path(__file__).parents[1]
@@ -294,3 +296,10 @@ def test_ctrl_c_ends_a_run_with_all_its_processes(tmp_path):
     finally: child.kill()
     assert child.returncode == 130 and 'Go on: make reproduce PROFILE=tiny' in out, out[-2000:]
     assert not psutil.wait_procs(below, timeout=20)[1]
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'workflow'/'profiles').glob('*.yaml')), ids=lambda p: p.stem)
+def test_every_profile_names_rows_that_exist(path):
+    profile = load_profile(path.stem)
+    assert [e['spec']['name'] for e in entries_of(profile['models'])] == profile['models']
+    Budget(**profile['training'])

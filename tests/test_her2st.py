@@ -150,3 +150,13 @@ def test_download_refuses_a_wrong_checksum(sections, server, tmp_path, monkeypat
     monkeypatch.setenv('NO_PROXY', '127.0.0.1'); monkeypatch.setenv('no_proxy', '127.0.0.1')
     with pytest.raises(RuntimeError, match='could not be downloaded.*put it into'): download_her2st(tmp_path/'d', ['X1'], manifest(sections, server, tmp_path/'m.toml', wrong=True))
     assert not (tmp_path/'d'/'X1.tsv.gz').exists()
+
+
+def test_sections_of_another_archive(tmp_path):
+    """skinST's names: a patient has several sections, and is held out whole."""
+    train, val, test = ['P2_ST_rep1', 'P9_ST_rep1'], ['P10_ST_rep1'], ['P5_ST_rep1']
+    tiny_sections(tmp_path/'in', [*train, *val, *test, 'P5_ST_rep2'])
+    build_her2st(tmp_path/'in', tmp_path/'out', train, val, test, 20, project='skinST')
+    obs = Cohort.load(tmp_path/'out').obs
+    assert set(obs.group[obs.split == 'test']) == {'P5'} and set(obs.project) == {'skinST'}
+    with pytest.raises(LeakError, match='P5'): build_her2st(tmp_path/'in', tmp_path/'leak', [*train, 'P5_ST_rep2'], val, test, 20)
