@@ -463,7 +463,8 @@ def evaluate(predictions: Annotated[Path, typer.Option(help='An h5ad file: cases
     console.print(shown, f'All of it: {out}')
 
 # %% ../nbs/26_reproduce.ipynb #c057
-@app.command(epilog=ending('0 written; 2 a sentence says what does not fit', 'gemmgan generate --slide x.svs --text "A woman, 61 years, ductal carcinoma of the breast." --n 64 --out x.h5ad'))
+@app.command(epilog=ending('0 written; 2 a sentence says what does not fit', 'gemmgan generate --slide x.svs --n 64 --out x.h5ad',
+                    'gemmgan generate --checkpoint runs/demo --text "A woman, 61 years, ductal carcinoma of the breast." --out text.h5ad'))
 def generate(out: Annotated[Path, typer.Option(help='The h5ad file to write.')],  # h5ad file
              slide: Annotated[list[str], typer.Option(help='A slide, several (repeat it), or one csv with columns slide, text, mpp.')] = [],  # noqa: B006 (paths; typer copies it)
              text: Annotated[str | None, typer.Option(help='About the patient, at most 2,000 words.')] = None,  # one for all slides
