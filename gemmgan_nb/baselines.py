@@ -34,7 +34,7 @@ from .metrics import precision_recall
 from .training import (WGAN, Batch, Budget, Conditioned, History, Labels, ModelSpec, Network, climb, crps, descend, describe, hide, known, label_codes, optimiser,
                                  readers, ready, step, train_network)
 from .wgan_gp import mlp, with_condition
-from .workspace import atomic, figure, read_json, rng, torch_rng, write_json
+from .workspace import atomic, figure, read_json, rng, sha256, torch_rng, write_json
 
 # %% ../nbs/18_baselines.ipynb #c005
 class Simple:
@@ -79,7 +79,7 @@ def save_arrays(model: Simple,        # a fitted row
     Path(folder).mkdir(parents=True, exist_ok=True)
     arrays = {k: np.ascontiguousarray(v) for k, v in model.arrays.items()} | {'scaler.mean': model.scaler.mean, 'scaler.std': model.scaler.std}
     with atomic(Path(folder)/'model.safetensors') as p: save_file(arrays, p)
-    write_json(Path(folder)/'config.json', dict(kind=type(model).__name__, spec=asdict(model.spec), about=model.about))
+    write_json(Path(folder)/'config.json', dict(kind=type(model).__name__, spec=asdict(model.spec), about=model.about, weights=sha256(Path(folder)/'model.safetensors')))
 
 def load_arrays(kind: type,          # the class that was saved
                 folder: str | Path): # its checkpoint folder
@@ -801,14 +801,15 @@ def plot_guidance(curve: pd.DataFrame,  # of `guidance_curve`
 
 # %% ../nbs/18_baselines.ipynb #c131
 class Real(Simple):
-    "Real profiles: a training case gets its own, any other case a random training patient's."
+    "Real profiles: a training case gets its own, any other case a random training patient's, nobody's twice in a draw while there are enough."
     def learn(self, train, val, seed):  # as `Simple.learn`
         "Keeps the training profiles."
         self.arrays['Z'] = self.scaler.transform(train.X)
     def draw(self, cases, n, r):  # whom, how many profiles, random stream
         "(n, cases, genes)"
-        own = {c: i for i, c in enumerate(self.about['cases'])}
-        at = np.array([[own.get(c, i) for c, i in zip(cases.obs.index, row, strict=True)] for row in r.integers(len(own), size=(n, len(cases)))])
+        own, k = {c: i for i, c in enumerate(self.about['cases'])}, len(cases)
+        dealt = [r.permutation(len(own))[:k] if k <= len(own) else r.integers(len(own), size=k) for _ in range(n)]      # with doubles, real patients would look less alike than they are
+        at = np.array([[own.get(c, i) for c, i in zip(cases.obs.index, row, strict=True)] for row in dealt])
         return self.arrays['Z'][at]
 
 # %% ../nbs/18_baselines.ipynb #c134

@@ -193,7 +193,7 @@ def views_of(cohort,      # a `Cohort`
     "The views under which a row is asked, 'true' first; a row without a condition has no other."
     has = [m for m, bank in (('image', cohort.patches), ('text', cohort.tokens)) if m in uses and bank is not None]
     whole = ['wrong_patient'] if len(has) == 2 or 'labels' in uses else []
-    return ['true', *(f'shuffled_{m}' for m in has), *whole, *(f'zeroed_{m}' for m in has)]
+    return ['true', *(f'shuffled_{m}' for m in has), *whole, *(f'zeroed_{m}' for m in has), *['zeroed_both']*(len(has) == 2)]
 
 def seen_under(cohort,           # the `Cohort` that is scored
                view: str,        # a name of `views_of`
@@ -206,8 +206,9 @@ def seen_under(cohort,           # the `Cohort` that is scored
     if view == 'true': return cohort
     if view == 'wrong_patient': return cohort.shuffled('patient', 1000*seed + repeat)
     if modality in ('image', 'text') and what == 'shuffled': return cohort.shuffled(modality, 1000*seed + repeat)
+    if view == 'zeroed_both': return seen_under(seen_under(cohort, 'zeroed_image', train=train), 'zeroed_text', train=train)
     if modality in ('image', 'text') and what == 'zeroed': return cohort.zeroed(modality) if train is None else muted(cohort, modality, train)
-    raise ValueError(f'There is no view {view!r}. Choose true, shuffled_image, shuffled_text, wrong_patient, zeroed_image or zeroed_text.')
+    raise ValueError(f'There is no view {view!r}. Choose true, shuffled_image, shuffled_text, wrong_patient, zeroed_image, zeroed_text or zeroed_both.')
 
 # %% ../nbs/16_condition.ipynb #c066
 def by_metric(found: dict  # what `condition_test` returned

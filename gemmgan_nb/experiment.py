@@ -7,8 +7,8 @@ __all__ = ['both', 'labels', 'DML', 'SPOT', 'CASE', 'OTHER', 'DRAWN', 'ENTRIES',
            'entries_of', 'model_class', 'trained', 'construct', 'jobs_of', 'patient_folds', 'few_as_other', 'sided',
            'fold_view', 'cut_folds', 'job_key', 'fit_row', 'fit_folds', 'fit_job', 'Folded', 'asked', 'scaled',
            'view_of', 'load_row', 'realism', 'realism_of_folds', 'untrained_twin', 'condition_rows',
-           'retrieval_of_folds', 'at_depth', 'said_of', 'biology_rows', 'more_rows', 'trained_here', 'evaluate',
-           'evaluate_job', 'Predictions', 'evaluate_predictions', 'bounds_of']
+           'retrieval_of_folds', 'at_depth', 'said_of', 'biology_rows', 'augmentation_rows', 'more_rows',
+           'trained_here', 'evaluate', 'evaluate_job', 'Predictions', 'evaluate_predictions', 'bounds_of']
 
 # %% ../nbs/22_experiment.ipynb #c002
 import copy
@@ -31,7 +31,7 @@ from .baselines import real_halves
 from .condition import (attainable_correlation, by_metric, calibration_rows, condition_test, counts_of, crps_cases, pack_card, reliability_rows, seen_under,
                                   retrieval, spread_ratio, thin, views_of)
 from .data import Cohort, LeakError, Scaler, one_side_each
-from .metrics import TooFew, biology_panel, correlation_mse, detection_panel, panel, precision_recall, read_sets
+from .metrics import TooFew, augmentation_curve, biology_panel, correlation_mse, detection_panel, panel, precision_recall, read_sets
 from .privacy import one_each, privacy_rows
 from .training import Budget, History, ModelSpec, Network, known, refuse_seen
 from .workspace import atomic, progress, read_json, rng, sha256, torch_rng, write_json
@@ -363,7 +363,7 @@ def condition_rows(model,           # a fitted row
     train = lambda fold: None if can_do_without else view_of(model, cohort, fold).split('train')
     under = lambda view, k: asked(model, test, seed, lambda m, part, s, f: m.sample(seen_under(part, view, k, s, train(f)), n, s))     # patients are exchanged within a fold
     found = condition_test(lambda view, k: drawn if view == 'true' else under(view, k), real, views_of(test, model.spec.uses),
-                           shuffles, None if twin is None else twin.sample(test, min(n, 16), seed).mean(0), seed)
+                           shuffles, None if twin is None else twin.sample(test, n, seed).mean(0), seed)     # as many draws: a mean of fewer scatters more
     found = by_metric(found | at_depth(model, cohort, test, drawn, real, seed)) | retrieval_of_folds(model, test, drawn.mean(0), real)
     return found, dict(mean=drawn.mean(0), crps=crps_cases(drawn, real).float())
 
@@ -383,7 +383,7 @@ def at_depth(model, cohort, test, drawn, real, seed) -> dict:  # as in `conditio
     return dict(at_depth=dict(spread_ratio=spread_ratio(torch.from_numpy(model.scaler.transform(seen)), real)), attainable=dict(correlation=possible))
 
 # %% ../nbs/22_experiment.ipynb #c037
-BLOCKS = ('calibration', 'privacy', 'biology')
+BLOCKS = ('calibration', 'privacy', 'biology', 'augmentation')
 
 def said_of(cohort: Cohort) -> dict:  # some cases
     "What biology is asked about: kind -> (cases,) words."
@@ -401,6 +401,16 @@ def biology_rows(model,           # a fitted row
     at, real = cohort.split('test').obs.index.get_indexer(test.obs.index), [scaled(model, c).numpy() for c in (test, train)]
     return biology_panel(drawn[0, at].numpy(), real[0], said_of(test), cohort.var.symbol.tolist(), sets, real[1], said_of(train), seed)
 
+def augmentation_rows(model,           # a fitted row
+                      cohort: Cohort,  # whole
+                      seed: int = 0    # of the draws and classifiers
+                     ) -> dict:        # augmented_<real patients>_<alone or generated>_<classifier>_<metric> -> value
+    "What the row's profiles add to a few real labelled patients, by disease type."
+    train, test, what = cohort.split('train'), cohort.split('test'), LABELS[0]
+    if 'labels' not in cohort.modalities or not model.spec.uses: return {}
+    curve = augmentation_curve(scaled(model, train).numpy(), train.obs[what].to_numpy(str), model.sample(train, 1, seed)[0].numpy(), train.obs[what].to_numpy(str), scaled(model, test).numpy(), test.obs[what].to_numpy(str), seed=seed)
+    return {f'augmented_{r.size}_{"generated" if r.with_generated else "alone"}_{r.classifier}_{r.metric}': r.value for r in curve.itertuples(index=False)}
+
 def more_rows(model,           # a fitted row
               cohort: Cohort,  # whole
               blocks: tuple,   # of BLOCKS
@@ -414,7 +424,7 @@ def more_rows(model,           # a fitted row
     cal = cohort.split('cal'); cal = known(model, cal) if getattr(model, 'labels', None) else cal
     ask, found = dict(calibration=lambda: calibration_rows(model, cal, cohort.split('test'), drawn),
                       biology=lambda: biology_rows(model, cohort, drawn, read_sets(gene_sets) if gene_sets else None),
-                      privacy=lambda: privacy_rows(model, cohort) if trained_here(model) else {}), {}
+                      privacy=lambda: privacy_rows(model, cohort) if trained_here(model) else {}, augmentation=lambda: augmentation_rows(model, cohort)), {}
     for b in blocks:
         try: found |= ask[b]()
         except TooFew as e: warnings.warn(f'The block {b} is left out: {e}', stacklevel=2)
@@ -472,7 +482,9 @@ class Predictions:
                  path: str | Path,  # the AnnData file
                  cohort: Cohort):   # whole; what is scored against
         "Raises ValueError for genes or test cases that are missing, another unit, or a profile that is not finite."
-        data, self.spec = ad.read_h5ad(path), ModelSpec(Path(path).stem, Path(path).stem, ('image', 'text'))
+        self.spec = ModelSpec(Path(path).stem, Path(path).stem, ('image', 'text'))
+        try: data = ad.read_h5ad(path)
+        except Exception as e: raise ValueError(f'{path} cannot be read as AnnData ({e}). Write it with anndata, as `gemmgan generate` does.') from None     # whatever it meets in a strange file
         for what, has, wants in (('genes', data.var_names, cohort.var.index), ('test cases', data.obs_names, cohort.split('test').obs.index)):
             if len(lacks := wants.difference(has)): raise ValueError(f'{path} lacks {len(lacks)} of the {len(wants)} {what}, {lacks[0]} among them. Add them; the cohort is {cohort.folder}.')
         if (unit := str(data.uns.get('unit', 'not named'))) not in (cohort.unit, 'zscore'): raise ValueError(f"{path} says its unit is {unit}; the cohort's is {cohort.unit}. Convert, or name it in uns['unit'] (zscore is taken too).")
@@ -482,7 +494,8 @@ class Predictions:
         arrays = np.stack([np.asarray(x.toarray() if hasattr(x, 'toarray') else x, np.float32) for x in layers])
         if len(bad := np.flatnonzero(~np.isfinite(arrays).all((0, 2)))): raise ValueError(f'{path}: the profile of {data.obs_names[bad[0]]} is not finite ({len(bad)} such cases). Mend it and write the file again.')
         self.profiles = torch.from_numpy(arrays if unit == 'zscore' else self.scaler.transform(arrays))
-        known = cohort.obs.loc[cohort.obs.index.intersection(list(data.uns.get('trained_on', [])))]
+        named, obs = set(map(str, data.uns.get('trained_on', []))), cohort.obs
+        known = obs[[bool(named & {str(c), str(g), str(s)}) for c, g, s in zip(obs.index, obs.group, obs.slide, strict=True)]]     # by case, patient or slide
         self.about = dict(groups=sorted(known.group.astype(str)), slides=sorted(known.slide.astype(str)))
         self.whole = bool(cohort.split('train').obs.index.isin(data.obs_names).all())
     def sample(self, cases: Cohort, n: int, seed: int):  # whom, how many (at most what the file has), which of them comes first
@@ -504,6 +517,8 @@ def evaluate_predictions(path: str | Path,    # the AnnData file, as `Prediction
     near = precision_recall(real.numpy(), drawn[0].numpy())
     scores |= realism(model, cohort, 0) if model.whole else {k: near[k] for k in ('precision', 'recall', 'density', 'coverage')} | dict(c_mse=correlation_mse(real.numpy(), drawn[0].numpy()))
     bounds = bounds_of(cohort, len(drawn))
+    known_best = [k for k in scores if k.split('_')[0] in ('correlation', 'genes', 'r2', 'crps', 'energy', 'spread', 'retrieval') or '_wrong_' in k]
+    for k in known_best: bounds['ceiling'].pop(k, None)      # real profiles of other patients bound realism; they know nothing of the patient
     return pd.DataFrame([(model.spec.name, 0, 0, 'test', k, float(v), bounds['floor'].get(k), bounds['ceiling'].get(k)) for k, v in scores.items()],
                         columns=['model', 'seed', 'run', 'split', 'metric', 'value', 'floor', 'ceiling'])
 

@@ -6,12 +6,13 @@
 __all__ = ['TINY_GENES', 'TINY_BUDGET', 'KINDS', 'MARK', 'MOST_WORDS', 'QUANTILES', 'QUANTILES_ARE', 'COLUMNS', 'tiny_eyes',
            'BagOfWords', 'tiny_ears', 'tiny_law', 'tiny_case', 'tiny_run', 'crps_step', 'tiny_fit', 'tiny_features',
            'GenerateError', 'must', 'tensors_of', 'config_of', 'fits_tensors', 'Checkpoint', 'read_checkpoint',
-           'is_simulated', 'find_checkpoint', 'training_cut', 'refuse_scale', 'encoder_for', 'patch_distance',
-           'bank_reference', 'reference_of', 'keep_reference', 'how_far', 'Request', 'Seen', 'check_text', 'region_of',
-           'read_requests', 'mpp_of', 'requests_of', 'unique', 'refuse_real', 'inside', 'cut', 'see_slide',
-           'see_features', 'refuse_habits', 'Looker', 'draw', 'layers_of', 'gene_table', 'as_anndata', 'warnings_of',
-           'generate', 'look_at_all', 'can_be_written', 'writable', 'write', 'Attention', 'fusion_of', 'condition_of',
-           'weights_of', 'words_of', 'attention', 'learned', 'plot_attention', 'counterfactual', 'plot_counterfactual']
+           'is_simulated', 'answers', 'find_checkpoint', 'training_cut', 'refuse_scale', 'encoder_for',
+           'patch_distance', 'bank_reference', 'reference_of', 'keep_reference', 'how_far', 'Request', 'Seen',
+           'check_text', 'region_of', 'read_requests', 'mpp_of', 'requests_of', 'unique', 'refuse_real', 'inside',
+           'cut', 'see_slide', 'see_features', 'refuse_habits', 'Looker', 'draw', 'layers_of', 'gene_table',
+           'as_anndata', 'distances_of', 'warnings_of', 'generate', 'look_at_all', 'can_be_written', 'writable',
+           'write', 'Attention', 'fusion_of', 'condition_of', 'weights_of', 'words_of', 'attention', 'learned',
+           'plot_attention', 'counterfactual', 'plot_counterfactual']
 
 # %% ../nbs/24_generate.ipynb #c002
 import hashlib
@@ -209,6 +210,7 @@ def _about(path, about):
     must(all(isinstance(v, list) and v and all(isinstance(s, str) for s in v) for v in lists), f'{path}: about has no lists of genes, symbols and cases. Copy the checkpoint again.')
     must(len(lists[0]) == len(lists[1]) == len(set(lists[0])), f'{path}: {len(lists[0])} genes ({len(set(lists[0]))} different) have {len(lists[1])} symbols. Expected one each.')
     must(isinstance(about.get('unit'), str) and about['unit'], f'{path}: about names no unit of expression.')
+    must(isinstance(about.get('simulated'), bool), f'{path}: about does not say whether its patients were simulated. Copy the checkpoint again.')
     seen = about.get('features', {})
     must(isinstance(seen, dict) and all(isinstance(v, dict) for v in seen.values()) and isinstance(about.get('projects', []), list), f'{path}: about.features or about.projects is not what the library writes. Copy the checkpoint again.')
     kinds = dict(encoder=str, encoder_id=str, max_tokens=int, tile_mpp=int | float, tile_px=int, min_tissue=int | float)
@@ -275,7 +277,9 @@ def read_checkpoint(folder: str | Path  # with config.json and model.safetensors
     try: model = model_class(KINDS[config['kind']]).load(folder)
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError, MemoryError) as e:
         raise GenerateError(f'The weights in {folder} do not fit its config ({_line(e)}). It was changed, or written by another version: train again, or install that version.') from None
-    digest = hashlib.sha256((sha256(folder/'config.json') + sha256(folder/'model.safetensors')).encode()).hexdigest()
+    weights = sha256(folder/'model.safetensors')
+    must(config.get('weights') in (None, weights), f'{folder}: model.safetensors is not the file that config.json was written for. One of the two was changed or copied badly: copy the checkpoint again.')
+    digest = hashlib.sha256((sha256(folder/'config.json') + weights).encode()).hexdigest()
     return Checkpoint(folder, model, config, digest)
 
 # %% ../nbs/24_generate.ipynb #c036
@@ -285,16 +289,25 @@ def is_simulated(properties: dict) -> bool:  # the header of a slide, as `Slide`
     "Was the slide drawn by our simulation?"
     return any(MARK in str(v) for v in properties.values())
 
+def answers(config: Path,  # config.json of a checkpoint
+            has: tuple     # modalities at hand
+           ) -> bool:
+    "Does a checkpoint read just these, or these and can do without the rest?"
+    try: said = json.loads(config.read_text()); reads = set(said['spec']['uses']) & set(said['about']['features']); hidden = (said.get('budget') or {}).get('modality_dropout', 0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError): return False
+    return reads == set(has) or bool(hidden) and reads > set(has)
+
 def find_checkpoint(name=None,          # folder of a checkpoint or of a run; None: chosen by what is asked about
                     real: bool = True,  # is it about real tissue?
-                    runs: str | Path = 'runs'  # where runs lie
+                    runs: str | Path = 'runs', # where runs lie
+                    has: tuple = ()     # what is asked with: image, text; of a run, a row that answers to that goes first
                    ) -> Path:
     "A checkpoint folder. Raises GenerateError saying which run to make."
     places = [Path(name)] if name else [*(Path(runs)/f'her2st-{p}' for p in ('section', 'patient'))] if real else [Path(runs)/'demo']
     for p in places:
         must(not p.is_file(), f'{p} is a file. Expected the folder of a checkpoint, with config.json and model.safetensors, or of a run.')
         if (p/'config.json').exists() or (p/'model.safetensors').exists(): return p
-        found = sorted(p.glob('fit/*/*/seed*/config.json'), key=lambda f: (f.parts[-3] not in ('gemmgan', 'any_modality'), f.parts))
+        found = sorted(p.glob('fit/*/*/seed*/config.json'), key=lambda f: (not answers(f, has), dict(gemmgan=0, any_modality=1).get(f.parts[-3], 2), f.parts))
         if found: return found[0].parent
     advice = f'{name} holds none. Expected config.json and model.safetensors, or a run with a folder fit.' if name else f'Run: gemmgan reproduce --profile {"her2st" if real else "demo"}; or name one.'
     raise GenerateError(f'There is no checkpoint for {"real" if real else "simulated"} tissue in {runs}. {advice}' if not name else f'There is no checkpoint: {advice}')
@@ -358,9 +371,14 @@ def bank_reference(bank: Bank,       # features of training cases
 # %% ../nbs/24_generate.ipynb #c048
 def reference_of(ck: Checkpoint) -> dict | None:  # whose training
     "The reference kept beside the checkpoint, else that of its run's cohort, else its scales; None where there is none."
-    if (kept := ck.folder/'reference.safetensors').exists(): return {k: v.numpy() for k, v in tensors_of(kept).items()} | dict(source='kept with the checkpoint')
+    if (kept := ck.folder/'reference.safetensors').exists():
+        held, width = {k: v.numpy() for k, v in tensors_of(kept).items()}, (ck.config.get('sizes') or {}).get('patch_dim')
+        must({'mean', 'std'} <= set(held) and held['mean'].shape == held['std'].shape == (width or len(held['mean']),), f'{kept} is no reference of this checkpoint, whose patches have {width} channels. Make it again with keep_reference.')
+        return held | dict(source='kept with the checkpoint')
     if (path := ck.run/'cohort'/'patches.safetensors').exists():
-        bank = Bank(path); at = {c: i for i, c in enumerate(bank.cases)}
+        try: bank = Bank(path)
+        except (OSError, ValueError, KeyError, SafetensorError) as e: raise GenerateError(f'The training features around the checkpoint, {path}, cannot be read ({_line(e)}). Run the encode stage again, or move the checkpoint elsewhere.') from None
+        at = {c: i for i, c in enumerate(bank.cases)}
         mine = [at[c] for c in ck.about['cases'] if c in at]
         if len(mine) == len(ck.about['cases']): return bank_reference(bank[mine])
     scales = getattr(ck.model, 'scales', {}).get('image')
@@ -629,12 +647,16 @@ def layers_of(ck: Checkpoint,  # who drew
     return {k: np.asarray(v, np.float32) for k, v in found.items()}
 
 # %% ../nbs/24_generate.ipynb #c088
-def gene_table(ck: Checkpoint) -> pd.DataFrame:  # whose genes
-    "Symbol and reliability of each gene; 'not validated' where the checkpoint has no card."
+def gene_table(ck: Checkpoint,          # whose genes
+               kind: str | None = None  # tumour type of the patients, as the card names it; None: what was shown over all types
+              ) -> pd.DataFrame:
+    "Symbol and reliability of each gene; 'not validated' where the checkpoint has no card. Raises GenerateError for a type that the card does not know."
     genes, card = ck.about['genes'], ck.about.get('reliability')
     if card is None and (kept := ck.folder/'reliability.json').exists(): card = json.loads(kept.read_text())
-    try: said = 'not validated' if card is None else mark_genes(unpack_card(card, genes)).to_numpy(str)
+    try: known = None if card is None else unpack_card(card, genes)
     except (ValueError, KeyError, TypeError, AttributeError) as e: raise GenerateError(f'The reliability card of {ck.folder} cannot be read ({_line(e)}). Make it again.') from None
+    must(kind is None or known is not None and kind in known, f'The reliability card knows no tumour type {kind!r}. It has: {"nothing" if known is None else ", ".join(k for k in known if k != "all") or "all types together only"}.')
+    said = 'not validated' if known is None else mark_genes(known, kind).to_numpy(str)
     return pd.DataFrame(dict(symbol=ck.about['symbols'], reliability=said), index=pd.Index(genes, name='gene'))
 
 # %% ../nbs/24_generate.ipynb #c090
@@ -644,6 +666,7 @@ def as_anndata(ck: Checkpoint,        # who drew
                asked: list[Request],  # for whom
                seen: list[Seen],      # what it saw, in the order of `asked`
                layers: list[dict],    # `layers_of` each
+               kind: str | None = None, # their tumour type, for the reliability of the genes
                **uns                  # for the record
               ) -> ad.AnnData:
     "The result: patients by genes, with where everything came from."
@@ -654,10 +677,16 @@ def as_anndata(ck: Checkpoint,        # who drew
                  encoders={m: str(ck.about['features'][m].get('encoder_id', '')) for m in ck.reads})
     versions = {p: metadata.version(p) for p in 'gemmgan_nb torch numpy anndata safetensors'.split()}
     x = both.pop('mean', None)
-    return ad.AnnData(both.pop('z_mean') if x is None else x, obs, gene_table(ck), layers=both,
-                      uns=dict(unit='zscore' if x is None else ck.about['unit'], z='standard deviations of the training cases, gene by gene', checkpoint=about, versions=versions, quantiles=QUANTILES_ARE, **uns))
+    return ad.AnnData(both.pop('z_mean') if x is None else x, obs, gene_table(ck, kind), layers=both,
+                      uns=dict(unit='zscore' if x is None else ck.about['unit'], z='standard deviations of the training cases, gene by gene', checkpoint=about, versions=versions, quantiles=QUANTILES_ARE, reliability_of=kind or 'all tumour types', **uns))
 
 # %% ../nbs/24_generate.ipynb #c092
+def distances_of(data: ad.AnnData) -> list[str]:  # of `as_anndata`
+    "How far each patient's patches lie from the training's, in words."
+    known = data.obs[data.obs.distance.notna()]
+    return [f'{case}: {row.far} the training slides; median squared distance of its patches {row.distance:.2f} (training: 1 on average)'
+            f'{"" if np.isnan(row.beyond) else f", {row.beyond:.0%} of them beyond 99 % of the training patches"}.' for case, row in known.iterrows()]
+
 def warnings_of(data: ad.AnnData) -> list[str]:  # of `as_anndata`
     "Sentences for the reader of a result."
     obs, found = data.obs, []
@@ -685,16 +714,17 @@ def generate(checkpoint=None,  # folder of a checkpoint or run, or a `Checkpoint
              text_encoder=None,         # the same for texts
              device: str = 'cpu',       # of the encoders
              i_know_it_is_simulated: bool = False,   # let a checkpoint of simulated patients look at real tissue
+             tumour_type: str | None = None,         # of the patients, where one wants the genes' reliability for it
              runs: str | Path = 'runs'  # where runs lie, for the default checkpoint
             ) -> ad.AnnData:   # patients by genes; `X` mean, layers, obs, var, uns as described above
     "Expression for patients with a slide, its features, a text, or a slide and a text. Raises GenerateError."
     must(type(seed) is int and seed >= 0, f'The seed {seed} is none. Expected a whole number from 0.')
     asked = requests_of(slide, text, features, region, mpp)
-    ck = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(find_checkpoint(checkpoint, checkpoint is None and not _drawn(asked), runs))
+    ck = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(find_checkpoint(checkpoint, checkpoint is None and not _drawn(asked), runs, [m for m, v in dict(image=asked[0].slide or asked[0].features, text=asked[0].text).items() if v]))
     look = Looker(ck, image_encoder, text_encoder, device, most_tiles, seed, i_know_it_is_simulated)
     asked, seen, problems = look_at_all(look, asked)
     made = [layers_of(ck, z, samples) for z in draw(ck, seen, n, seed)]
-    data = as_anndata(ck, asked, seen, made, seed=seed, n=n, problems=problems, reference=(ck.reference or {}).get('source', 'none'))
+    data = as_anndata(ck, asked, seen, made, tumour_type, seed=seed, n=n, problems=problems, reference=(ck.reference or {}).get('source', 'none'))
     data.uns['warnings'] = warnings_of(data)
     for text in data.uns['warnings']: warnings.warn(text, stacklevel=2)
     return data

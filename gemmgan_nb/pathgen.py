@@ -10,7 +10,7 @@ __all__ = ['CORRECTED', 'AS_DESCRIBED', 'PRESETS', 'ARMS', 'read_groups', 'group
            'Patients', 'patients_of', 'OutcomeHead', 'head_loss', 'train_head', 'told', 'arm_genes', 'run_arms',
            'lifelines', 'c_index', 'macro_auc', 'survival_brier', 'outcome_scores', 'some', 'patient_draws',
            'outcome_draws', 'with_intervals', 'tost', 'conformal_limit', 'conformal_sets', 'conformal_intervals',
-           'set_report', 'by_subgroup', 'co_attention', 'plot_co_attention', 'read_porpoise', 'Teller',
+           'set_report', 'banded', 'by_subgroup', 'co_attention', 'plot_co_attention', 'read_porpoise', 'Teller',
            'expression_to_survival', 'with_records', 'told_by_others', 'fold_scores', 'comparable', 'left_out_pairs',
            'pair_scores']
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .baselines import GatedAttention
-from .condition import gene_correlation, spread_ratio
+from .condition import gene_correlation, spread_ratio, widening
 from .cross_attention import Attention, Dropout, Layer, attention_weights
 from .data import Cohort, Fitted, Scaler, fit_on_training, only_training, only_validation, split_by_patient
 from .metrics import read_sets
@@ -668,8 +668,8 @@ def conformal_limit(score: np.ndarray,   # (calibration cases, ...) how odd the 
     "The score that a new case exceeds with probability at most `alpha`. Raises ValueError for fewer than two patients."
     score, patients = np.asarray(score, float), len(score) if group is None else len(np.unique(group))
     if patients < 2: raise ValueError(f'The calibration set holds {patients} patient. Conformal sets need at least 2, and {int(np.ceil(1/alpha)) - 1} for a finite limit at alpha = {alpha:g}: keep more patients on the cal side.')
-    k = int(np.ceil((len(score) + 1)*(1 - alpha)))
-    return np.full(score.shape[1:], np.inf)[()] if k > len(score) else np.sort(score, 0)[k - 1]
+    wide = widening(torch.from_numpy(score.reshape(len(score), -1)), 1 - alpha, group).numpy()     # chapter 16: each patient counts once, however many cases
+    return wide.reshape(score.shape[1:])[()]
 
 def conformal_sets(cal_chance: np.ndarray,    # (calibration cases, classes)
                    cal_grade: np.ndarray,     # (calibration cases,) the truth
@@ -701,6 +701,12 @@ def set_report(sets: np.ndarray,   # (cases, classes) of `conformal_sets`
     return dict(coverage=float(sets[np.arange(len(sets)), np.asarray(grade, int)].mean()), size=float(size.mean()), empty=float((size == 0).mean()), full=float((size == sets.shape[1]).mean()))
 
 # %% ../nbs/20_pathgen.ipynb #c102
+def banded(values: pd.Series  # numbers, some perhaps not recorded
+          ) -> pd.Series:     # words
+    "Numbers in bands cut at their terciles."
+    band = pd.qcut(values, 3, duplicates='drop').astype(object)
+    return band.map(lambda v: 'not recorded' if v != v else f'{v.left:.0f} to {v.right:.0f}')
+
 def by_subgroup(table: pd.DataFrame,   # a row a case: patient, months, event, risk, error, covered, and columns that name a group
                 columns: list[str],    # which columns; numbers are cut into bands at their terciles
                 n: int = 200,          # bootstrap draws of patients
@@ -711,7 +717,7 @@ def by_subgroup(table: pd.DataFrame,   # a row a case: patient, months, event, r
     def scores(t): return [t.error.mean(), t.covered.mean(), c_index(t.months, t.event, t.risk)]
     rows = {}
     for c in columns:
-        of = pd.qcut(table[c], 3, duplicates='drop').map(lambda v: f'{v.left:.0f} to {v.right:.0f}') if table[c].dtype.kind == 'f' else table[c].astype(str)
+        of = banded(table[c]) if table[c].dtype.kind in 'fiu' and table[c].nunique() > 5 else table[c].astype(object).where(table[c].notna(), 'not recorded').astype(str)
         for k in of.unique():
             t = table[(of == k).to_numpy()]; drawn_ = np.array([scores(t.iloc[at]) for at in patient_draws(t.patient.to_numpy(str), n, seed)])
             low, high = np.array([np.nanquantile(v, [.025, .975]) if np.isfinite(v).any() else [np.nan]*2 for v in drawn_.T]).T
@@ -798,7 +804,10 @@ def with_records(truth: pd.DataFrame,         # of `read_porpoise`, index patien
     if not Path(path).exists(): raise FileNotFoundError(f'There is no table {path}. Expected the samples of cognoma: patient_id, acronym, histological_grade and race, tab-separated.')
     t = pd.read_csv(path, sep='\t', dtype=str)
     if lost := {'patient_id', 'acronym', 'histological_grade', 'race'} - set(t): raise ValueError(f'{Path(path).name} has no column {", ".join(sorted(lost))}. Expected the samples of cognoma, tab-separated.')
-    t = t[t.patient_id.isin(truth.index)]; known_ = lambda v: v.where(~v.str.match(r'\[|GX|GB', na=True))
+    t = t[t.patient_id.isin(truth.index)]
+    dead = pd.to_numeric(t['dead'], errors='coerce').groupby(t.patient_id).first().reindex(truth.index).dropna() if {'dead'} <= set(t) and {'event'} <= set(truth) else pd.Series(dtype=float)
+    if len(dead) and (agree := (dead == truth.event[dead.index]).mean()) < .5: raise ValueError(f'{Path(path).name} agrees on who died with {agree:.0%} of {len(dead)} patients only: the column event is turned round. It needs 1 for a death; pass 1 - censorship.')
+    known_ = lambda v: v.where(~v.str.match(r'\[|GX|GB', na=True))
     once = lambda v: v.iloc[0] if v.nunique() == 1 else None      # two records that differ are none
     told_ = [g if isinstance(g, str) else (defined or {}).get(a) for g, a in zip(known_(t.histological_grade), t.acronym, strict=True)]
     grade = pd.Series(told_, t.patient_id, object).dropna().groupby(level=0).agg(once).reindex(truth.index)

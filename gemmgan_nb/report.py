@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -171,7 +170,7 @@ def tried(anchor: str,    # of SECTIONS
     heading, make = SECTIONS[anchor]
     try: inside, why = Markup(''.join(make(run))), ''
     except Missing as e: inside, why = '', f'Not here. {e}'
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e: inside, why = '', f'Not here. What it is made from could not be read: {type(e).__name__}: {e}'
+    except Exception as e: inside, why = '', f'Not here. What it is made from could not be read: {type(e).__name__}: {e}'
     return el('section', el('h2', heading, id=anchor), inside or el('p', why, class_='missing')), why
 
 # %% ../nbs/25_report.ipynb #c030
@@ -498,7 +497,8 @@ MADE_BY = {  # how a metric's name begins -> the function that computes it; the 
     'c_mse': metrics.correlation_mse, 'lr_': metrics.detection_panel, 'mlp_': metrics.detection_panel, 'as_coded': metrics.detectability_as_coded, 'disease_type': metrics.utility, 'primary_site': metrics.utility,
     'correlation': condition.gene_correlation, 'correlation_attainable': condition.attainable_correlation, 'crps': condition.crps_cases, 'energy': condition.energy_score, 'spread_ratio': condition.spread_ratio, 'retrieval': condition.retrieval, 'r2': condition.r2_over_mean,
     'genes_fdr': condition.genes_beyond, 'coverage_': condition.coverage_panel, 'conformal': condition.conformal_interval, 'pit': condition.pit_error, 'pit_error_floor': condition.pit_floor,
-    'dcr': privacy.closest_records, 'mia': privacy.attack_scores, 'mia_distance': privacy.distance_attack, 'mia_density': privacy.density_attack, 'attribute': privacy.attribute_inference}
+    **{f'{kind}_{part}': f for kind in ('disease_type', 'primary_site', 'sex') for part, f in (('fold', metrics.fold_change_concordance), ('marker', metrics.marker_scores), ('centroid', metrics.centroid_scores))},
+    'set_': metrics.set_scores, 'augmented': metrics.augmentation_curve, 'nndr': privacy.closest_records, 'dcr': privacy.closest_records, 'mia': privacy.attack_scores, 'mia_distance': privacy.distance_attack, 'mia_density': privacy.density_attack, 'attribute': privacy.attribute_inference}
 
 def origin(metric: str):  # key of a metric
     "The function that computes it."

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['HEADING', 'PACKAGE', 'MANNERS', 'console', 'NEEDED', 'app', 'Profile', 'Settings', 'USUAL', 'WEIGHTS', 'stage_cells',
-           'stage_engine', 'run_stage', 'Code', 'stage_code', 'snakemake_command', 'command_of', 'watch', 'wind_down',
-           'stoppable', 'at_work', 'problems_of', 'wrong', 'one_line', 'settings_of', 'read_profile', 'profile_names',
-           'setting_names', 'ending', 'opened', 'reproduce', 'table_of', 'layout_of', 'gap_of', 'plan', 'dial',
-           'anndata_at', 'evaluate', 'generate', 'report', 'stage', 'Finding', 'finding', 'Needs', 'needs_of',
-           'ways_of', 'cases_of', 'genes_of', 'disk_of', 'memory_of', 'existing', 'bytes_in', 'check_disk',
-           'check_memory', 'check_writable', 'Gpus', 'gpus_here', 'check_gpu', 'check_python', 'installed', 'pins_of',
-           'check_packages', 'check_slide_libraries', 'in_cache', 'hub_of', 'check_network', 'check_token', 'check_gdc',
-           'check_folder', 'check_only', 'in_time', 'guarded', 'examine', 'check_four_bits', 'doctor', 'bytes_there',
-           'shown_arriving', 'fetch_manifest', 'folder_for', 'told', 'download', 'main']
+           'stage_engine', 'run_stage', 'Code', 'stage_code', 'one_training_a_gpu', 'snakemake_command', 'command_of',
+           'watch', 'wind_down', 'stoppable', 'at_work', 'problems_of', 'wrong', 'one_line', 'settings_of',
+           'read_profile', 'profile_names', 'setting_names', 'ending', 'opened', 'reproduce', 'table_of', 'layout_of',
+           'gap_of', 'plan', 'dial', 'anndata_at', 'evaluate', 'generate', 'report', 'stage', 'Finding', 'finding',
+           'Needs', 'needs_of', 'ways_of', 'cases_of', 'genes_of', 'disk_of', 'memory_of', 'existing', 'bytes_in',
+           'check_disk', 'check_memory', 'check_writable', 'Gpus', 'gpus_here', 'check_gpu', 'check_python',
+           'installed', 'pins_of', 'check_packages', 'check_slide_libraries', 'in_cache', 'hub_of', 'check_network',
+           'check_token', 'check_gdc', 'check_folder', 'check_only', 'in_time', 'guarded', 'examine', 'check_four_bits',
+           'doctor', 'bytes_there', 'shown_arriving', 'fetch_manifest', 'folder_for', 'told', 'download', 'main']
 
 # %% ../nbs/26_reproduce.ipynb #c002
 import sys
@@ -188,13 +188,18 @@ def stage_code(notebook: str | Path,      # a chapter
 # %% ../nbs/26_reproduce.ipynb #c026
 console = Console(highlight=False)
 
+def one_training_a_gpu(flags: tuple  # handed to Snakemake
+                      ) -> list[str]:  # more of them
+    "On a machine with a GPU, trainings one at a time, unless the flags say otherwise."
+    return ['--resources', 'gpu=1'] if Path('/dev/nvidia0').exists() and '--resources' not in flags else []
+
 def snakemake_command(profile: str,    # name or path of a profile
                       settings: dict,  # dotted name -> value
                       *flags: str      # handed to Snakemake as they are
                      ) -> list[str]:
     "The Snakemake command line of a run."
     return [sys.executable, '-m', 'snakemake', '--snakefile', str(project_root()/'workflow'/'Snakefile'), '--directory', str(project_root()), '--nolock',
-            '--rerun-incomplete', '--keep-going', '--cores', 'all', '--config', f'profile={profile}', f'settings={json.dumps(settings)}', *flags]
+            '--rerun-incomplete', '--keep-going', '--cores', 'all', *one_training_a_gpu(flags), '--config', f'profile={profile}', f'settings={json.dumps(settings)}', *flags]
 
 def command_of(profile: str,   # a profile
                settings: dict  # dotted name -> value
@@ -457,7 +462,9 @@ def evaluate(predictions: Annotated[Path, typer.Option(help='An h5ad file: cases
     with stoppable('Nothing was written.'):
         try: anndata_at(predictions); check_cohort(cohort); can_be_written(out); scores = evaluate_predictions(predictions, cohort)
         except (OSError, ValueError, KeyError) as e: wrong(f'{e}')
-    with atomic(out) as p: scores.to_csv(p, index=False)
+        try:
+            with atomic(out) as p: scores.to_csv(p, index=False)
+        except OSError as e: wrong(f'{out} cannot be written ({e}). Choose another place with --out.')
     shown = Table('metric', 'value', 'floor', 'ceiling', title=f'{predictions.stem} on {cohort}')
     for r in scores.itertuples(): shown.add_row(r.metric, *(f'{v:.4f}' if v == v else '-' for v in (r.value, r.floor, r.ceiling)))
     console.print(shown, f'All of it: {out}')
@@ -477,15 +484,17 @@ def generate(out: Annotated[Path, typer.Option(help='The h5ad file to write.')],
              samples: Annotated[bool, typer.Option('--samples', help='Keep every profile instead of three quantiles.')] = False,  # layers
              image_weights: Annotated[Path | None, typer.Option(help="Local folder of the image encoder's weights.")] = None,  # folder
              text_weights: Annotated[Path | None, typer.Option(help="Local folder of the text encoder's weights.")] = None,  # folder
+             tumour_type: Annotated[str | None, typer.Option(help='Mark the genes by what was shown for this tumour type.')] = None,  # of the reliability card
              i_know_it_is_simulated: Annotated[bool, typer.Option('--i-know-it-is-simulated', help='Let a checkpoint of simulated patients look at real tissue.')] = False):  # insists
     "Expression for a slide, a text, or both, as AnnData, with how far the slide lies from the training's."
     import warnings
-    from gemmgan_nb.generate import GenerateError, generate as make, writable, write
+    from gemmgan_nb.generate import GenerateError, distances_of, generate as make, writable, write
     given, weights = slide[0] if len(slide) == 1 else list(slide) or None, dict(image_encoder=image_weights, text_encoder=text_weights)
     with stoppable('Nothing was written.'), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        try: writable(out); write(out, data := make(checkpoint, given, text, features, region, mpp, n, seed, samples, i_know_it_is_simulated=i_know_it_is_simulated, **weights))
-        except GenerateError as e: wrong(f'{e}')
+        try: writable(out); write(out, data := make(checkpoint, given, text, features, region, mpp, n, seed, samples, i_know_it_is_simulated=i_know_it_is_simulated, tumour_type=tumour_type, **weights))
+        except (GenerateError, OSError) as e: wrong(f'{e}')
+    for said in distances_of(data): console.print(one_line(said), markup=False, soft_wrap=True)
     for said in [*data.uns['problems'], *data.uns['warnings']]: console.print(Text(one_line(said), style='yellow'), soft_wrap=True)
     console.print(one_line(f'{data.n_obs} patients, {data.n_vars} genes in {data.uns["unit"]}, from {data.uns["checkpoint"]["title"]}: {out}'), markup=False, soft_wrap=True)
 

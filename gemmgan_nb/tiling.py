@@ -190,8 +190,8 @@ def reselect(path: str | Path,   # .h5 file of tiles, rewritten
     with h5py.File(path) as f: grid = f['grid_fraction'][:]
     x, y = (np.arange(n)*attrs['patch_size_level0'] for n in grid.shape)
     tiles = kept_tiles(pd.DataFrame(dict(x=np.repeat(x, len(y)), y=np.tile(y, len(x)), tissue_fraction=grid.ravel())), min_tissue)
+    save_tiles(path, tiles, grid, **attrs | dict(min_tissue=min_tissue))      # the grid stays, so that a lower threshold finds it
     if tiles.empty: raise SlideError(f'{Path(path).stem} has no tile with more than {min_tissue:.0%} tissue, at most {grid.max():.1%}. Lower min_tissue, or leave it out.')
-    save_tiles(path, tiles, grid, **attrs | dict(min_tissue=min_tissue))
     return len(tiles)
 
 # %% ../nbs/08_tiling.ipynb #c036
@@ -333,8 +333,9 @@ def tile_once(row,              # a row of `read_slides`
     config, mark = settings_hash(given_mpp=given, **settings), file_mark(row.path) if Path(row.path).exists() else ''
     old = stored(file, config, mark)
     if old and pictures and not (out/'visualization'/f'{row.slide}.jpg').exists(): old = None
-    if old and old['min_tissue'] == min_tissue: return old | dict(status='kept')
+    if old and old['min_tissue'] == min_tissue and old['n_tiles']: return old | dict(status='kept')
     if old and not pictures: return old | dict(n_tiles=reselect(file, min_tissue), status='reselected')
+    file.unlink(missing_ok=True)      # of other settings: should tiling fail, nobody must take it for an answer
     return tile_slide(row.path, file, min_tissue=min_tissue, given_mpp=given, source=getattr(row, 'mpp_from', 'given'), pictures=drawn, **settings) | dict(status='tiled')
 
 # %% ../nbs/08_tiling.ipynb #c049
@@ -353,7 +354,6 @@ def _try(row, **how):
     start = time.perf_counter()
     try: facts = tile_once(row, **how) | dict(error='')
     except Exception as e:     # whatever it is, the other slides go on
-        (how['out']/f'{row.slide}.h5').unlink(missing_ok=True)
         facts = dict(n_tiles=0, status='failed', error=' '.join(str(e).split()) or type(e).__name__)
     return facts | dict(slide=row.slide, path=row.path, tiles=facts['n_tiles'], seconds=round(time.perf_counter() - start, 2))
 

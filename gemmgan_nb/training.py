@@ -12,6 +12,7 @@ __all__ = ['CHOICES', 'AS_CODED', 'ModelSpec', 'History', 'ExpressionModel', 'Bu
 # %% ../nbs/14_training.ipynb #c002
 import contextlib
 import copy
+import hashlib
 import importlib.util
 import signal
 import threading
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from .cross_attention import MultimodalFusion
 from .data import Bank, Cohort, LeakError, Scaler, only_training, only_validation
 from .wgan_gp import Critic, Generator, critic_loss, generator_loss, gradient_penalty
-from .workspace import atomic, beat, read_json, rng, torch_rng, write_json
+from .workspace import atomic, beat, read_json, rng, sha256, torch_rng, write_json
 
 # %% ../nbs/14_training.ipynb #c005
 @dataclass
@@ -270,6 +271,7 @@ class Trainer:
         self.streams = {k: torch_rng(seed, k, device=d) for k, d in dict(noise=model.device, patches=self.feed.home, cases='cpu').items()}
         self.board = tensorboard(self.work)
         self.ahead = Ahead(lambda: _batch(self), {k: self.streams[k] for k in ('cases', 'patches')}) if self.feed.ahead else None
+        self.who = hashlib.sha256(repr((list(train.obs.index), list(val.obs.index), asdict(model.spec), model.switches, model.sizes)).encode()).hexdigest()     # a checkpoint serves nobody else
         self.step, self.history, self.best, self.average = 0, History(), dict(score=float('inf')), copy.deepcopy(model.weights())
 
 # %% ../nbs/14_training.ipynb #c031
@@ -351,7 +353,7 @@ def step(by: torch.optim.Optimizer,  # moves the weights
 
 # %% ../nbs/14_training.ipynb #c036
 def _save_checkpoint(trainer):
-    state = dict(step=trainer.step, seed=trainer.seed, budget=asdict(trainer.budget), model=trainer.model.state(), average=trainer.average, best=trainer.best,
+    state = dict(step=trainer.step, seed=trainer.seed, budget=asdict(trainer.budget), who=trainer.who, model=trainer.model.state(), average=trainer.average, best=trainer.best,
                  rows=trainer.history.rows, seconds=trainer.history.seconds, streams={k: g.get_state() for k, g in trainer.streams.items()} | (trainer.ahead.before() if trainer.ahead else {}), dropout=torch.get_rng_state(),
                  dropout_gpu=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
     with atomic(trainer.work/'checkpoint.pt') as p: torch.save(state, p)
@@ -361,7 +363,7 @@ def _resume(trainer):
     path = trainer.work/'checkpoint.pt'
     if not path.exists(): return
     state = torch.load(path, weights_only=True, map_location=trainer.model.device)
-    if (state['seed'], state['budget']) != (trainer.seed, asdict(trainer.budget)): return   # another run's: begin anew
+    if (state['seed'], state['budget'], state.get('who')) != (trainer.seed, asdict(trainer.budget), trainer.who): return   # another run's: begin anew
     trainer.step, trainer.average, trainer.best = state['step'], state['average'], state['best']
     trainer.history = History(state['rows'], state['seconds'])
     trainer.model.state(state['model'])
@@ -555,7 +557,7 @@ def save_network(model: Network,  # a fitted model
     tensors |= {'scaler.mean': torch.from_numpy(model.scaler.mean), 'scaler.std': torch.from_numpy(model.scaler.std)}
     tensors |= {f'{m}.{k}': v for m, scale in model.scales.items() for k, v in zip(('mean', 'std'), scale, strict=True)}
     with atomic(folder/'model.safetensors') as p: save_file(tensors, p)
-    config = dict(kind=type(model).__name__, spec=asdict(model.spec), budget=asdict(model.budget), switches=model.switches, sizes=model.sizes, about=model.about)
+    config = dict(kind=type(model).__name__, spec=asdict(model.spec), budget=asdict(model.budget), switches=model.switches, sizes=model.sizes, about=model.about, weights=sha256(folder/'model.safetensors'))
     with atomic(folder/'README.md') as p: p.write_text(model_card(config))
     write_json(folder/'config.json', config)
 

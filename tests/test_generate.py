@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from gemmgan_nb.condition import pack_card, reliability
 from gemmgan_nb.data import Cohort
 from gemmgan_nb.experiment import ENTRIES, construct, untrained_twin
-from gemmgan_nb.generate import (GenerateError, Looker, Request, attention, bank_reference, config_of, counterfactual, encoder_for, find_checkpoint, generate, how_far,
+from gemmgan_nb.generate import (GenerateError, Looker, Request, attention, bank_reference, config_of, counterfactual, distances_of, encoder_for, find_checkpoint, generate, how_far,
                                  keep_reference, learned, plot_attention, plot_counterfactual, read_checkpoint, requests_of, tensors_of, tiny_ears, tiny_eyes, writable, write)
 from gemmgan_nb.simulation import write_slide
 from gemmgan_nb.slides import Slide, tiny_slide
@@ -196,7 +196,7 @@ def test_a_pickle_is_not_opened(place, tmp_path):
     (lambda c: c['budget'].update(layers=10**9), 'layers'), (lambda c: c['budget'].update(heads=7), 'do not fit'), (lambda c: c['budget'].update(hidden=65), 'do not fit'),
     (lambda c: c['sizes'].update(genes=10**12), 'widest tensor'), (lambda c: c['sizes'].update(evil=1), 'do not fit'), (lambda c: c.update(switches=dict(ff=10**10)), 'widest tensor'),
     (lambda c: c['sizes'].update(patch_dim=8), 'patch_dim is 8'), (lambda c: c['about'].update(genes=c['about']['genes'][:9], symbols=c['about']['symbols'][:9]), 'do not fit|does not fit'),
-    (lambda c: c['about'].update(genes=5), 'no lists'), (lambda c: c['about'].update(unit=None), 'no unit'), (lambda c: c['about'].update(features=[1]), 'features'),
+    (lambda c: c['about'].update(genes=5), 'no lists'), (lambda c: c['about'].pop('simulated'), 'whether its patients were simulated'), (lambda c: c['about'].update(unit=None), 'no unit'), (lambda c: c['about'].update(features=[1]), 'features'),
     (lambda c: c['about']['features']['text'].update(max_tokens='many'), 'max_tokens'), (lambda c: c.update(sizes=3), 'sizes')])
 def test_a_tampered_config_is_one_sentence(place, tmp_path, change, why):
     with pytest.raises(GenerateError, match=why) as e: read_checkpoint(altered(place, tmp_path, change))
@@ -210,8 +210,31 @@ def test_tampered_tensors(place, tmp_path):
     with pytest.raises(GenerateError, match='do not fit'): read_checkpoint(altered(place, tmp_path, tensors=lambda t: t.update(extra=torch.zeros(2))))
     shutil.rmtree(tmp_path/'copy')
     with pytest.raises(GenerateError, match='scaler.mean'): read_checkpoint(altered(place, tmp_path, tensors=lambda t: t.pop('scaler.mean')))
+    shutil.rmtree(tmp_path/'copy')
+    def turned(t): t[next(k for k in t if k.startswith('g.') or 'head' in k)].mul_(-1)
+    with pytest.raises(GenerateError, match='not the file that config.json was written for'): read_checkpoint(altered(place, tmp_path, tensors=turned))
     (tmp_path/'copy'/'model.safetensors').write_bytes((place/'model.safetensors').read_bytes()[:5000])
     with pytest.raises(GenerateError, match='damaged'): read_checkpoint(tmp_path/'copy')
+
+
+def test_near_or_far_is_always_said(run, how):
+    data = generate(features=run/'features'/'tiny'/'s0.h5', text=TEXT, n=2, **how)
+    assert len(distances_of(data)) == 1 and 'near the training slides' in distances_of(data)[0]
+    assert distances_of(generate(text=TEXT, n=2, **how)) == []
+
+
+def test_the_row_that_answers_is_taken(run, place, tmp_path):
+    "Of a run with one row for both and one for any, a text alone goes to the second."
+    other = tmp_path/'run'; shutil.copytree(run, other)
+    both = other/'fit'/'gemmgan'/'gemmgan'/'seed0'; shutil.copytree(place, both)
+    edited(both/'config.json', lambda c: c['budget'].update(modality_dropout=0.))
+    assert [find_checkpoint(other, has=has).parts[-2] for has in (['text'], ['image'], ['image', 'text'])] == ['any_modality', 'any_modality', 'gemmgan']
+
+
+def test_an_odd_reference_is_one_sentence(run, how, place, tmp_path):
+    for held in (dict(middle=torch.zeros(16)), dict(mean=torch.zeros(3), std=torch.ones(3))):
+        copy = altered(place, tmp_path/str(len(held))); save_file(held, copy/'reference.safetensors')
+        with pytest.raises(GenerateError, match='no reference of this checkpoint'): read_checkpoint(copy).reference
 
 
 def test_no_repository_is_fetched_because_a_checkpoint_says_so(ck, place, tmp_path, monkeypatch):

@@ -274,3 +274,25 @@ def test_image_arms_of_sixteen_real_patients(tmp_path, capsys):
     within = table[[cohort.obs.project.iloc[i] == cohort.obs.project.iloc[j] for i, j in table[['i', 'j']].to_numpy()]]
     with capsys.disabled(): print(f'\nall pairs\n{P.pair_scores(table).to_string()}\npairs of one cohort\n{P.pair_scores(within).to_string()}')
     width = P.pair_scores(table).c_index.str.extract(r'\[(.*), (.*)\]').astype(float).diff(axis=1)[1]; assert (width > .15).all() and len(table) == 32 and len(within) == 11
+
+
+@recorded
+@pytest.mark.parametrize('name', ['gbmlgg', 'kirc', 'brca'])
+def test_turned_censoring_of_real_patients_is_seen(name):
+    """Nothing in times and events alone gives it away; the other record of deaths does."""
+    truth = porpoise(name)[1]
+    with pytest.raises(ValueError, match='turned round'): P.with_records(truth.assign(event=1 - truth.event), COGNOMA)
+
+
+def test_ages_are_cut_into_bands_and_gaps_have_one_of_their_own():
+    r = np.random.default_rng(0)
+    table = pd.DataFrame(dict(patient=[f'P{i}' for i in range(60)], months=r.uniform(1, 60, 60), event=r.integers(0, 2, 60), risk=r.normal(size=60), error=1., covered=True,
+                              age=r.integers(40, 80, 60).astype(float), years=r.integers(40, 80, 60)))
+    table.loc[:4, 'age'] = np.nan
+    found = P.by_subgroup(table, ['age', 'years'], n=20)
+    assert len(found.loc['age']) == 4 and found.loc[('age', 'not recorded'), 'n'] == 5 and len(found.loc['years']) == 3
+
+
+def test_a_conformal_limit_counts_patients():
+    score = np.repeat(np.arange(5.), 10)
+    assert np.isinf(P.conformal_limit(score, .1, np.repeat(list('abcde'), 10))) and P.conformal_limit(score, .1) == 4

@@ -86,6 +86,13 @@ def test_a_checkpoint_of_another_kind_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match='holds a'): B.TrainMean.load(tmp_path)
 
 
+def test_real_profiles_are_of_different_patients():
+    "A sample with doubles would look less like real patients than real patients do."
+    train, val, test = sides(toy())
+    m = make(*ROWS['real']); m.fit(train, val, 0)
+    for one in m.sample(test, 3, 0): assert len(one.unique(dim=0)) == len(test)
+
+
 def test_the_constant_gene_stays_constant():
     train, val, test = sides(toy())
     for name in ('noise', 'class gaussian', 'knn', 'real', 'oracle'):

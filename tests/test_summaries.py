@@ -231,3 +231,11 @@ def test_the_stage_shows_nothing_unasked(tmp_path, checkpoint):
     shown = [c.get('outputs') for c in json.loads((tmp_path/'o'/'executed.ipynb').read_text())['cells']]
     left = json.dumps(shown) + ''.join((tmp_path/'o'/f).read_text() for f in ('provenance.json', 'problems.csv')) + run.stdout + run.stderr
     assert 'by_model' in left and not re.search(r'cisplatin|squamous|bronchus|TCGA-XX', left, re.I)
+
+
+@pytest.mark.parametrize('labels', [True, False])
+def test_a_later_diagnosis_tells_the_outcome_and_is_hidden_with_it(labels):
+    later = dict(classification_of_tumor='recurrence', tumor_grade='G4', reason_treatment_ended='Death', initial_disease_status='Recurrent Disease', best_overall_response='PD')
+    for case in (CASE | dict(diagnoses=[*CASE['diagnoses'], later]), CASE | dict(diagnoses=[later])):
+        for said in (summarise(case, labels), json.dumps(record_of(case, labels))): assert not re.search('(?i)recurr|death|PD|G4' if len(case['diagnoses']) > 1 else '(?i)recurr|death|PD', said), said
+        assert 'recurrence' in summarise(case, labels, outcome=True)

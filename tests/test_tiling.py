@@ -124,6 +124,16 @@ def test_another_share_of_tissue_needs_no_slide(tmp_path):
         with h5py.File(tmp_path/'0.2.h5') as f, h5py.File(tmp_path/f'{share}.h5') as g: np.testing.assert_array_equal(f['tissue_fraction'], g['tissue_fraction'])
 
 
+def test_a_threshold_too_strict_keeps_the_grid(tmp_path):
+    "It is an error of this run; a lower threshold finds the tiles again without the slide."
+    slides = read_slides(listed(tmp_path, [tiny_slide(tmp_path/n, (1024, 768), seed=i) for i, n in enumerate(('a.tiff', 'b.tiff'))])); out = tmp_path/'t'
+    first = tile_cohort(slides, out, 128).n_tiles.tolist()
+    for _ in range(2):
+        with pytest.raises(SlideError): tile_cohort(slides, out, 128, min_tissue=1.)
+    assert len(read_tiles(out/'a.h5')[0]) == 0
+    assert tile_cohort(slides, out, 128).n_tiles.tolist() == first and list(process(out).status) == ['reselected']*2
+
+
 def test_policy_and_table_of_mpp(tmp_path):
     path = tiny_slide(tmp_path/'a.tiff', (1024, 1024), mpp=None)
     slides = read_slides(listed(tmp_path, [path]))

@@ -6,6 +6,7 @@ import traceback
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +35,15 @@ def test_without_work_it_says_that_nothing_was_kept():
     train, val, test = sides(toy())
     m = WGAN(ModelSpec('g', 'G', BOTH), SMALL, FUSION); ready(m, train, 0)
     with pytest.raises(SystemExit, match='Nothing was kept'): train_network(m, train, val, 0, SMALL, None, lambda m, v: os.kill(os.getpid(), signal.SIGTERM) or 1.)
+
+
+def test_a_checkpoint_serves_nobody_else(tmp_path):
+    "The same seed and budget, other patients: the training begins anew, and does not hand out the first one's weights."
+    train, val, _ = sides(toy())
+    def fitted(cohort, work): m = WGAN(ModelSpec('g', 'G', BOTH), replace(SMALL, steps=6, checkpoint_seconds=0.), FUSION, work=work); m.fit(cohort, val, 0); return m.weights()
+    fitted(train, tmp_path/'work'); half = train[np.arange(len(train)) < len(train)//2]
+    again, fresh = fitted(half, tmp_path/'work'), fitted(half, tmp_path/'other')
+    assert all(torch.equal(again[k], fresh[k]) for k in fresh)
 
 
 def test_the_listening_ends():
