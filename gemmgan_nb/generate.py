@@ -294,7 +294,7 @@ def answers(config: Path,  # config.json of a checkpoint
            ) -> bool:
     "Does a checkpoint read just these, or these and can do without the rest?"
     try: said = json.loads(config.read_text()); reads = set(said['spec']['uses']) & set(said['about']['features']); hidden = (said.get('budget') or {}).get('modality_dropout', 0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError): return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError): return False     # `config_of` says what is wrong with it
     return reads == set(has) or bool(hidden) and reads > set(has)
 
 def find_checkpoint(name=None,          # folder of a checkpoint or of a run; None: chosen by what is asked about

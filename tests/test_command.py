@@ -100,7 +100,8 @@ def test_what_lies_in_the_cache_or_in_a_folder_needs_no_token(alone, tmp_path):
     assert [f.verdict for f in r.check_token({'uni': ''}, None)] == ['missing'] and r.check_network('uni').verdict == 'missing'
     weights.parent.mkdir(parents=True); weights.write_bytes(b'x')
     assert r.check_token({'uni': ''}, None) == [] and r.check_network('uni').found == 'in the cache'
-    assert r.check_network('clinical_modernbert', str(tmp_path)).verdict == 'fine' and 'no ' in r.check_network('uni', str(tmp_path/'none')).remedy
+    (tmp_path/'model.safetensors').touch()
+    assert r.check_network('clinical_modernbert', str(tmp_path)).verdict == 'fine' and r.check_network('uni', str(weights.parent.parent)).verdict == 'missing' and 'no ' in r.check_network('uni', str(tmp_path/'none')).remedy
 
 
 @pytest.mark.parametrize('profile, settings, needs', [
