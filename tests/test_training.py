@@ -128,3 +128,10 @@ def test_a_channel_that_is_silent_in_training_does_not_shout_in_a_test():
     mean, deviation = feature_scale(bank)
     assert torch.allclose(deviation[[0, 1, 3]], x.std(0)[[0, 1, 3]]) and ((.01 - mean[[2, 4]])/deviation[[2, 4]]).max() < 1.5
     bank.features = torch.zeros(200, 5); assert (feature_scale(bank)[1] > 0).all()
+
+
+def test_a_loss_that_runs_away_stops_before_it_is_no_number():
+    train, val, _ = sides(toy())
+    m = WGAN(ModelSpec('g', 'G', BOTH), SMALL, FUSION)
+    m.iteration = lambda draw, stream: dict(critic=torch.tensor(1e20), penalty=torch.tensor(0.), generator=torch.tensor(0.))
+    with pytest.raises(FloatingPointError, match='Lower training.lr'): m.fit(train, val, 0)
