@@ -686,7 +686,7 @@ def as_anndata(ck: Checkpoint,        # who drew
 def distances_of(data: ad.AnnData) -> list[str]:  # of `as_anndata`
     "How far each patient's patches lie from the training's, in words."
     known = data.obs[data.obs.distance.notna()]
-    return [f'{case}: {row.far} the training slides; median squared distance of its patches {row.distance:.2f} (training: 1 on average)'
+    return [f'{case}: {"far from" if row.far == "far" else "near"} the training slides; median squared distance of its patches {row.distance:.2f} (training: 1 on average)'
             f'{"" if np.isnan(row.beyond) else f", {row.beyond:.0%} of them beyond 99 % of the training patches"}.' for case, row in known.iterrows()]
 
 def warnings_of(data: ad.AnnData) -> list[str]:  # of `as_anndata`
