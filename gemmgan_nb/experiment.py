@@ -126,11 +126,13 @@ def construct(entry: dict,          # a registry entry
     return model_class(entry['kind'])(ModelSpec(**entry['spec']), Budget(**budget | entry['budget']), entry['switches'], work=work)
 
 # %% ../nbs/22_experiment.ipynb #c009
-def jobs_of(names: list[str]           # the rows a profile asks for
+def jobs_of(names: list[str],          # the rows a profile asks for
+            shared: int = 0             # how many jobs the trained rows share; 0: each has its own
            ) -> dict[str, list[dict]]:  # job -> entries
-    "Rows without training steps in one job, each trained row in its own."
-    simple = [e for e in entries_of(names) if not trained(e)]
-    return ({'untrained': simple} if simple else {}) | {e['spec']['name']: [e] for e in entries_of(names) if trained(e)}
+    "Rows without training steps in one job, trained rows each in its own or dealt out to a few."
+    simple, taught = ([e for e in entries_of(names) if trained(e) == t] for t in (False, True))
+    own = {f'trained{i + 1}': taught[i::shared] for i in range(min(shared, len(taught)))} if shared else {e['spec']['name']: [e] for e in taught}
+    return ({'untrained': simple} if simple else {}) | own
 
 # %% ../nbs/22_experiment.ipynb #c012
 def patient_folds(groups,      # (cases,) the patient of each case

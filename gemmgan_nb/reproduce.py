@@ -20,8 +20,8 @@ sys.modules.setdefault('rfc3987_syntax', None)   # jsonschema's optional check o
 
 # %% ../nbs/26_reproduce.ipynb #c003
 import ast
-import copy
 import ctypes
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -130,13 +130,19 @@ def _symbols(tree):
     own.pop('__all__', None)
     return own, imported
 
-def _bare(node):
-    "The code of a definition without docstrings."
-    node = copy.deepcopy(node)
+@functools.cache
+def _read(path, changed):
+    "Definitions and imports of a file; a run asks for the same file once a rule."
+    return _symbols(ast.parse(Path(path).read_text()))
+
+@functools.cache
+def _hash(node):
+    "Of the code of a definition, whose docstrings it drops."
     for n in ast.walk(node):
         if isinstance(n, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(n) is not None: n.body = n.body[1:] or [ast.Pass()]
-    return ast.unparse(node)
+    return hashlib.sha256(ast.unparse(node).encode()).hexdigest()[:8]
 
+@functools.cache
 def _names(node):
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | {(m, a.name) for n in ast.walk(node) if (m := _module(n)) for a in n.names}
 
@@ -151,7 +157,7 @@ class Code:
     def module(self,
                name: str):  # of a module, without package
         "Definitions and imports of a module."
-        if name not in self.modules: self.modules[name] = _symbols(ast.parse((self.package/f'{name}.py').read_text()))
+        if name not in self.modules: self.modules[name] = _read(path := self.package/f'{name}.py', path.stat().st_mtime_ns)
         return self.modules[name]
     def fingerprint(self,
                     roots: list[tuple[str, str]]  # (module, definition) where a stage begins
@@ -163,26 +169,30 @@ class Code:
             own, imported = self.module(module)
             if name in imported: todo.append(imported[name]); continue
             if f'{module}.{name}' in found or f'{module}.{name}' in MANNERS or name not in own: continue
-            found[f'{module}.{name}'] = hashlib.sha256(_bare(own[name]).encode()).hexdigest()[:8]
+            found[f'{module}.{name}'] = _hash(own[name])
             todo += [n if isinstance(n, tuple) else (module, n) for n in _names(own[name])]
         return dict(sorted(found.items()))
 
 # %% ../nbs/26_reproduce.ipynb #c021
+@functools.cache
+def _chapter(notebook, changed, section):
+    "Definitions and imports of a chapter, the stage among them under its heading."
+    import nbformat
+    nb = nbformat.read(notebook, 4)
+    kinds = stage_cells(nb, section)
+    part = lambda kind: '\n'.join(re.sub(r'^[%!].*$', '', nb.cells[i].source, flags=re.M) for i, k in kinds.items() if k == kind)
+    body = ast.parse(part('stage'))
+    own, imported = _symbols(ast.parse(part('definition')))
+    return own | {HEADING: body}, imported | _symbols(body)[1]
+
 def stage_code(notebook: str | Path,      # a chapter
                section: str = '',         # which stage, where it has several
                also: tuple = (),          # further roots, e.g. the class of the model that is fitted: ('training.WGAN',)
                package: str | Path = PACKAGE  # folder of the exported modules
               ) -> list[str]:             # 'module.definition:hash', sorted
     "The fingerprint of a stage: it changes exactly when code changes that the stage may run."
-    import nbformat
-    nb, code = nbformat.read(notebook, 4), Code(package)
-    kinds = stage_cells(nb, section)
-    part = lambda kind: '\n'.join(re.sub(r'^[%!].*$', '', nb.cells[i].source, flags=re.M) for i, k in kinds.items() if k == kind)
-    body = ast.parse(part('stage'))
-    name = Path(notebook).stem
-    own, imported = _symbols(ast.parse(part('definition')))
-    imported |= _symbols(body)[1]
-    code.modules[name] = own | {HEADING: body}, imported
+    code, name = Code(package), Path(notebook).stem
+    code.modules[name] = _chapter(notebook, Path(notebook).stat().st_mtime_ns, section)
     return [f'{k}:{v}' for k, v in code.fingerprint([(name, HEADING), *(tuple(a.split('.')) for a in also)]).items()]
 
 # %% ../nbs/26_reproduce.ipynb #c026
