@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['PROBES', 'UNKNOWN', 'MARKER_GENES', 'BIOLOGY', 'profiles', 'manhattan', 'distances', 'radii', 'precision_recall',
            'unit_columns', 'varying', 'correlation_mse', 'in_span', 'standardised', 'unit_scale', 'lr_probe',
-           'mlp_probe', 'detection_scores', 'detector_view', 'detectability', 'coded_probe', 'detectability_as_coded',
-           'classifiers', 'utility_views', 'utility', 'augmentation_curve', 'detection_panel', 'panel', 'TooFew',
-           'recorded', 'two_groups', 'contrasts', 'top_genes', 'row_correlation', 'fold_agreement', 'half_splits',
-           'fold_change_concordance', 'read_sets', 'set_positions', 'coherence', 'activity', 'set_scores', 'word_of',
-           'marker_calls', 'call_scores', 'calls_compared', 'marker_scores', 'Centroids', 'fit_centroids',
-           'centroid_scores', 'biology_panel', 'biology_table']
+           'mlp_probe', 'detection_again', 'detection_scores', 'detector_view', 'detectability', 'coded_probe',
+           'detectability_as_coded', 'classifiers', 'utility_views', 'utility', 'augmentation_curve', 'Resamples',
+           'detection_panel', 'panel', 'TooFew', 'recorded', 'two_groups', 'contrasts', 'top_genes', 'row_correlation',
+           'fold_agreement', 'half_splits', 'fold_change_concordance', 'read_sets', 'set_positions', 'coherence',
+           'activity', 'set_scores', 'word_of', 'marker_calls', 'call_scores', 'calls_compared', 'marker_scores',
+           'Centroids', 'fit_centroids', 'centroid_scores', 'biology_panel', 'biology_table']
 
 # %% ../nbs/15_metrics.ipynb #c002
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +77,8 @@ def radii(d: Tensor,      # (n, n) distances within one set
 def precision_recall(real: np.ndarray,         # (n, genes) real profiles, z-scored
                      fake: np.ndarray,         # (m, genes) generated profiles, in the same units
                      k: int = 10,              # neighbours (paper: 10); at most one less than the smaller set
-                     norm: str = 'euclidean'   # or 'manhattan', as in the authors' code
+                     norm: str = 'euclidean',  # or 'manhattan', as in the authors' code
+                     again: 'Resamples | None' = None  # takes the scores under resampled cases; the spheres stay those of all
                     ) -> dict:                 # precision, recall, coverage in 0..1, density at least 0: higher is better; and the k that was used
     "k-NN precision and recall (Eq. 7-8, Kynkäänniemi 2019), density and coverage (Naeem 2020). Cost: (n + m)^2 genes. Raises ValueError on fewer than 2 profiles."
     real, fake = profiles(real=real, generated=fake)
@@ -87,8 +88,9 @@ def precision_recall(real: np.ndarray,         # (n, genes) real profiles, z-sco
     across = distances(real, fake, norm)
     real_radius, fake_radius = (radii(distances(x, x, norm), k) for x in (real, fake))
     in_real = across < real_radius[:, None]
-    return dict(precision=in_real.any(0).double().mean().item(), recall=(across < fake_radius).any(1).double().mean().item(),
-                density=in_real.double().sum(0).mean().item()/k, coverage=(across.min(1).values < real_radius).double().mean().item(), k=k)
+    each = dict(precision=in_real.any(0), recall=(across < fake_radius).any(1), density=in_real.double().sum(0)/k, coverage=across.min(1).values < real_radius)
+    if again is not None: again.mean(**{name: x.numpy() for name, x in each.items()})
+    return {name: x.double().mean().item() for name, x in each.items()} | dict(k=k)
 
 # %% ../nbs/15_metrics.ipynb #c021
 def unit_columns(x: np.ndarray                            # (n, genes)
@@ -172,6 +174,14 @@ def mlp_probe(train: np.ndarray,    # (n, r)
 PROBES = dict(lr=lr_probe, mlp=mlp_probe)  # name -> function (train, is_fake, test, seed) -> score of each test row
 
 # %% ../nbs/15_metrics.ipynb #c035
+def detection_again(real_score: np.ndarray, fake_score: np.ndarray,  # (n,) and (m,) as in `detection_scores`
+                    w: np.ndarray, v: np.ndarray                     # (B, n) and (B, m) how often each was drawn
+                   ) -> dict:                                        # accuracy, f1, auc -> (B,)
+    "The scores of each resample."
+    n, m, hit, false = w.sum(1), v.sum(1), v @ (fake_score > 0), w @ (real_score > 0)
+    wins = (fake_score[:, None] > real_score) + .5*(fake_score[:, None] == real_score)
+    return dict(accuracy=(hit + n - false)/(n + m), f1=2*hit/(hit + false + m), auc=((v @ wins)*w).sum(1)/n/m)
+
 def detection_scores(real_score: np.ndarray,  # (n,) scores of real test cases; above 0 = called generated
                      fake_score: np.ndarray,  # (m,) scores of generated ones; drawn in pairs with the real ones when n = m
                      seed: int = 0,           # of the bootstrap
@@ -181,9 +191,7 @@ def detection_scores(real_score: np.ndarray,  # (n,) scores of real test cases; 
     n, m, r = len(real_score), len(fake_score), rng(seed, 'bootstrap')
     times = lambda n: np.concatenate([np.ones((1, n)), r.multinomial(n, np.full(n, 1/n), draws)])   # first row: the sample itself
     w = times(n); v = w if n == m else times(m)
-    hit, false = v @ (fake_score > 0), w @ (real_score > 0)
-    wins = (fake_score[:, None] > real_score) + .5*(fake_score[:, None] == real_score)
-    found = dict(accuracy=(hit + n - false)/(n + m), f1=2*hit/(hit + false + m), auc=((v @ wins)*w).sum(1)/n/m)
+    found = detection_again(real_score, fake_score, w, v)
     return {k: float(x[0]) for k, x in found.items()} | {
         f'{k}_{end}': float(np.quantile(x[1:], q)) for k, x in found.items() for end, q in (('low', .025), ('high', .975))}
 
@@ -258,7 +266,8 @@ def utility_views(fake: np.ndarray,       # (n, genes) training profiles
 def utility(fake: np.ndarray, fake_labels: np.ndarray,   # (n, genes) generated profiles, (n,) their labels
             real_test: np.ndarray, test_labels: np.ndarray,  # (m, genes) held-out real profiles, (m,) their labels
             seed: int = 0,              # of forest and network
-            views: dict | None = None   # `utility_views` of the same profiles, where several kinds of labels share them; default: made here
+            views: dict | None = None,  # `utility_views` of the same profiles, where several kinds of labels share them; default: made here
+            again: 'Resamples | None' = None  # takes the scores under resampled test cases
            ) -> dict:                   # rf_ and mlp_ accuracy, f1 (weighted), macro_f1: 0..1, higher is better
     "Trained on generated, tested on real (TSTR, Sec. 6.1); real profiles for `fake` give the ceiling (TRTR). Cost: 100 trees. Raises ValueError on fewer than 2 labels."
     if len(set(fake_labels)) < 2: raise ValueError('Utility needs at least two labels among the training profiles; there is one. Leave this metric out for such a cohort.')
@@ -270,6 +279,7 @@ def utility(fake: np.ndarray, fake_labels: np.ndarray,   # (n, genes) generated 
             guess = model.fit(train, fake_labels).predict(test)
         scores |= {f'{name}_accuracy': accuracy_score(test_labels, guess), f'{name}_f1': f1_score(test_labels, guess, average='weighted', zero_division=0),
                    f'{name}_macro_f1': f1_score(test_labels, guess, average='macro', zero_division=0)}
+        if again is not None: again.calls(name, test_labels, guess)
     return scores
 
 # %% ../nbs/15_metrics.ipynb #c060
@@ -289,11 +299,36 @@ def augmentation_curve(real_train: np.ndarray, labels: np.ndarray,        # (n, 
             rows += [(size, with_generated, *k.split('_', 1), v) for k, v in utility(x, y, real_test, test_labels, seed).items()]
     return pd.DataFrame(rows, columns=['size', 'with_generated', 'classifier', 'metric', 'value'])
 
+# %% ../nbs/15_metrics.ipynb #c128
+@dataclass
+class Resamples:
+    "Test cases drawn again, with replacement, and what the scores become: its mean over draws is near the score, its scatter the score's uncertainty."
+    weights: np.ndarray                         # (B, cases) how often each case was drawn
+    scores: dict = field(default_factory=dict)  # metric -> (B,)
+    def mean(self, **each):  # metric -> (cases,) values whose mean is the score
+        "A score that is a mean over cases."
+        self.scores |= {k: self.weights @ x/self.weights.sum(1) for k, x in each.items()}
+    def calls(self, name: str,                           # of a classifier
+              truth: np.ndarray, called: np.ndarray):    # (cases,) labels and what they were called
+        "Accuracy, weighted and macro F1, as scikit-learn has them."
+        words = sorted({*truth, *called})
+        is_it, said = (np.equal.outer(np.asarray(x), words).astype(float) for x in (truth, called))
+        there, named, right = (self.weights @ x for x in (is_it, said, is_it*said))
+        f1 = 2*right/np.maximum(there + named, 1); total = there.sum(1)
+        self.scores |= {f'{name}_accuracy': right.sum(1)/total, f'{name}_f1': (f1*there).sum(1)/total, f'{name}_macro_f1': f1.sum(1)/(there + named > 0).sum(1)}
+    def structure(self, real: np.ndarray, fake: np.ndarray,  # (cases, genes), z-scored; a case drawn twice counts twice in both
+                  genes: int = 300):                         # a random choice; all where there are fewer
+        "C. MSE. Cost: 2 B cases^2 genes."
+        some = rng(0, 'resampled genes').permutation(real.shape[1])[:genes]; real, fake = (np.asarray(x)[:, some] for x in (real, fake))
+        drawn = (np.repeat(np.arange(len(w)), w.astype(int)) for w in self.weights)
+        self.scores['c_mse'] = np.array([correlation_mse(real[at], fake[at]) if len(set(at)) > 1 else np.nan for at in drawn])
+
 # %% ../nbs/15_metrics.ipynb #c066
 def detection_panel(real: dict,              # 'train', 'test' -> (cases, genes)
                     fake: dict,              # the same
                     seed: int = 0,           # of network, batches, bootstrap
-                    as_coded: bool = True    # the authors' probe too
+                    as_coded: bool = True,   # the authors' probe too
+                    again: 'Resamples | None' = None  # takes the scores under resampled test cases
                    ) -> dict:                # lr_, mlp_, as_coded_lr_ -> value
     "Detectability by all probes, from one rotation."
     parts = real['train'], fake['train'], real['test'], fake['test']
@@ -301,6 +336,7 @@ def detection_panel(real: dict,              # 'train', 'test' -> (cases, genes)
     for name, probe in PROBES.items():
         score = probe(*view, seed)
         found |= {f'{name}_{k}': v for k, v in detection_scores(score[:n], score[n:], seed).items()}
+        if again is not None: again.scores |= {f'{name}_{k}': x for k, x in detection_again(score[:n], score[n:], again.weights, again.weights).items()}
     del view
     coded = detectability_as_coded(*parts, seed) if as_coded else {}
     return found | {f'as_coded_lr_{k}': coded[k] for k in ('accuracy', 'f1', 'auc') if coded}
@@ -310,18 +346,22 @@ def panel(real: dict,                   # 'train', 'test' -> (cases, genes) real
           fake: dict,                   # the same for generated ones, one a case in the order of `real`
           labels: dict | None = None,   # kind (disease_type, primary_site) -> 'train', 'test' -> (cases,) labels; default: no utility
           seed: int = 0,                # of networks, forests and bootstrap
-          as_coded: bool = True         # with the authors' distance and probe beside ours
+          as_coded: bool = True,        # with the authors' distance and probe beside ours
+          again: 'Resamples | None' = None  # takes the scores under resampled test cases
          ) -> dict:                     # metric -> value
     "The paper's realism panel for one generation run. A kind with a single label among the training cases is left out. Raises ValueError as its parts do."
-    pr, kinds = precision_recall(real['test'], fake['test']), labels or {}
+    pr, kinds = precision_recall(real['test'], fake['test'], again=again), labels or {}
     found = {k: pr[k] for k in ('precision', 'recall', 'density', 'coverage')}
     if as_coded: pr = precision_recall(real['test'], fake['test'], norm='manhattan'); found |= dict(precision_l1=pr['precision'], recall_l1=pr['recall'])
     found |= dict(c_mse=correlation_mse(real['test'], fake['test']), c_mse_genes=int(varying(real['test'], fake['test']).sum()))
-    found |= detection_panel(real, fake, seed, as_coded)
+    if again is not None: again.structure(real['test'], fake['test'])
+    found |= detection_panel(real, fake, seed, as_coded, again)
     kinds = {kind: v for kind, v in kinds.items() if len(set(v['train'])) > 1}
     views = utility_views(fake['train'], real['test']) if kinds else None
     for kind, of in kinds.items():
-        found |= {f'{kind}_{k}': v for k, v in utility(fake['train'], of['train'], real['test'], of['test'], seed, views).items()}
+        part = None if again is None else Resamples(again.weights)
+        found |= {f'{kind}_{k}': v for k, v in utility(fake['train'], of['train'], real['test'], of['test'], seed, views, part).items()}
+        if again is not None: again.scores |= {f'{kind}_{k}': x for k, x in part.scores.items()}
     return found
 
 # %% ../nbs/15_metrics.ipynb #c077

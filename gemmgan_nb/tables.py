@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PANEL', 'PANEL2', 'COLUMNS', 'ROWS', 'CONDITION', 'AUDIT', 'HEADLINE', 'ASKED', 'DIALLED', 'kind_of', 'title_of',
-           'ablation', 'ordered', 'spreads', 'read_patients', 'resampled', 'fixed', 'plausible', 'interval', 'loss',
-           'best', 'differences', 'Sheet', 'cell', 'cells', 'sheet', 'table', 'latex', 'webpage', 'markdown', 'shades',
-           'turned', 'draw', 'bounds', 'joined', 'headline', 'simple', 'verdict_lines', 'abs_span', 'cohort_name',
-           'reasons', 'folded', 'smallest', 'power_lines', 'legend', 'plot_condition', 'write_sheet', 'write_tables',
-           'gather', 'plot_dial']
+           'ablation', 'ordered', 'spreads', 'read_patients', 'over_patients', 'resampled', 'fixed', 'plausible',
+           'interval', 'loss', 'best', 'differences', 'Sheet', 'cell', 'cells', 'sheet', 'table', 'latex', 'webpage',
+           'markdown', 'shades', 'turned', 'draw', 'bounds', 'joined', 'headline', 'simple', 'verdict_lines',
+           'abs_span', 'cohort_name', 'reasons', 'folded', 'smallest', 'power_lines', 'legend', 'plot_condition',
+           'write_sheet', 'write_tables', 'gather', 'plot_dial']
 
 # %% ../nbs/23_tables.ipynb #c002
 import html
@@ -115,11 +115,17 @@ def read_patients(folders: list[str | Path]  # of evaluate jobs
     return {k: v for f in folders if (p := Path(f)/'cases.safetensors').exists() for k, v in load_file(p).items()}
 
 # %% ../nbs/23_tables.ipynb #c022
+def over_patients(patients: dict  # of `read_patients`
+                 ) -> set:        # (metric, model)
+    "Which cells can be resampled over patients."
+    scored = lambda what: [what[6:]] if what.startswith('again.') else dict(mean=['correlation', 'r2'], crps=['crps']).get(what, [])
+    return {(metric, model) for model, _, what in (k.rsplit('/', 2) for k in patients if k != 'real') for metric in scored(what)}
+
 def resampled(patients: dict,      # of `read_patients`
               B: int = 500,        # resamples
               groups=None          # (cases,) patient of each case; None: each case is one
              ) -> dict:            # (metric, model, seed) -> (B,) deviations
-    "How correlation, CRPS and R2 scatter over resamples of the patients, around their own mean."
+    "How scores scatter over resamples of the patients, around their own mean: correlation, CRPS and R2 from the cases themselves, the rest as the evaluation left it."
     if 'real' not in patients: return {}
     found, w = {}, bootstrap_weights(len(patients['real']), B, 0, groups)
     average = lambda x: (w @ torch.as_tensor(np.asarray(x, np.float64))/w.sum(1)).numpy()
@@ -127,7 +133,8 @@ def resampled(patients: dict,      # of `read_patients`
         if key == 'real': continue
         model, seed, what = key.rsplit('/', 2)
         real = np.asarray(patients.get(f'real/{seed}/truth', patients['real']), np.float64)    # under folds each repeat has units of its own
-        if what == 'crps': found['crps', model, int(seed)] = average(x)
+        if what.startswith('again.') and len(x) == B: found[what[6:], model, int(seed)] = np.nan_to_num(np.asarray(x, float))
+        elif what == 'crps': found['crps', model, int(seed)] = average(x)
         elif what == 'mean':
             found['correlation', model, int(seed)] = bootstrap_correlation(torch.as_tensor(x), torch.as_tensor(real), w).numpy()
             found['r2', model, int(seed)] = 1 - average(((real - x)**2).mean(1))/average((real**2).mean(1))
@@ -220,12 +227,12 @@ def cells(scores: pd.DataFrame,   # model, seed, run, metric, value
           draws: dict,            # of `plausible`
           panel: dict,            # key -> (heading, direction, group)
           models: list[str],      # in order
-          patients: set = frozenset()  # rows whose patients were resampled
+          patients: set = frozenset()  # (metric, model) whose patients were resampled
          ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:  # text, losses, marks: metrics x models
     "The three faces of a table, `-` where there is no number."
     s, sure = spreads(scores), lambda m: fixed(scores, m) or scores.seed[scores.model == m].nunique() > 1
     known = lambda k, m: (k, m) in s.index and not np.isnan(s.loc[(k, m), 'mean'])
-    span = lambda k, m: interval(draws[k, m]) if m in patients and k in ('correlation', 'crps', 'r2') else (np.nan, np.nan)
+    span = lambda k, m: interval(draws[k, m]) if (k, m) in patients else (np.nan, np.nan)
     frame = lambda f: pd.DataFrame([[f(k, m) for m in models] for k in panel], list(panel), models)
     winners = {k: best(k, models, draws, sure) for k in panel}
     return (frame(lambda k, m: cell(s.loc[(k, m)], span(k, m)) if known(k, m) else '-'),
@@ -243,7 +250,7 @@ def sheet(scores: pd.DataFrame,   # model, seed, run, metric, value
           draws: dict,            # of `plausible`
           table: int | str,       # 1, 2, 'condition' or 'audit'
           paper: dict | None = None,  # of `load_paper_values`; None: without the paper's columns
-          patients: set = frozenset(),  # rows whose patients were resampled
+          patients: set = frozenset(),  # (metric, model) whose patients were resampled
           notes: list[str] = ()   # sentences below
          ) -> Sheet:
     "Table 1, Table 2, the condition test, or the audit of uncertainty and privacy."
@@ -514,7 +521,7 @@ def legend(scores: pd.DataFrame,   # model, seed, run, metric, value
              f'Cells: mean (deviation over {runs} generation runs of one network, as in the paper); one {seed}, so nothing is known of the spread between trainings.']
     if patients: lines.append(f'[low, high]: 95 % interval over {patients} and {seed}s.')
     lines.append('Bold: significantly better than the next row at 5 % (floors and ceilings do not compete; one comparison a metric). No bold value: the difference to the next may be chance. '
-                 f'Correlation, CRPS and R2 are resampled over patients where the run left what this needs; all else is compared over {seed}s for one set of test cases.')
+                 f'What bears an interval was resampled over patients; all else is compared over {seed}s for one set of test cases.')
     if paper: lines.append('Columns "(paper, TCGA)" are printed values of the paper, ' + ('whose patients, split and encoders may differ from these.' if name == 'TCGA' else
                            f'from another cohort: they are not comparable with these, which are of {name}.'))
     return lines
@@ -563,7 +570,7 @@ def write_tables(out: str | Path,         # folder of the tables
     lines = verdict_lines(scores, draws)
     power = power_lines(draws, test.obs.group.nunique()) if folds else []
     notes = [*power, *[line for line in lines if ' beats ' in line], *reasons(cohort, list(dict.fromkeys(scores.model)), folds), *legend(scores, name, resampling, bool(paper), 'repeat' if folds else 'training seed')]
-    sheets = {k: sheet(scores, draws, k, paper, {k.split('/')[0] for k in patients or ()}, [n for n in notes if k in (1, 2) or not n.startswith('Columns "')])
+    sheets = {k: sheet(scores, draws, k, paper, over_patients(patients or {}), [n for n in notes if k in (1, 2) or not n.startswith('Columns "')])
               for k in (1, 2, 'condition', *['audit']*bool({*scores.metric} & {*AUDIT}))}
     for s in sheets.values(): write_sheet(s, out)
     return dict(sheets=sheets, lines=lines, headline=_decide(out, scores, draws, name, paper, [*power, *lines]))
