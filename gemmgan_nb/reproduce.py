@@ -476,7 +476,7 @@ def evaluate(predictions: Annotated[Path, typer.Option(help='An h5ad file: cases
             with atomic(out) as p: scores.to_csv(p, index=False)
         except OSError as e: wrong(f'{out} cannot be written ({e}). Choose another place with --out.')
     shown = Table('metric', 'value', 'floor', 'ceiling', title=f'{predictions.stem} on {cohort}')
-    for r in scores.itertuples(): shown.add_row(r.metric, *(f'{v:.4f}' if v == v else '-' for v in (r.value, r.floor, r.ceiling)))
+    for r in scores.groupby('metric', sort=False)[['value', 'floor', 'ceiling']].mean().reset_index().itertuples(): shown.add_row(r.metric, *(f'{v:.4f}' if v == v else '-' for v in (r.value, r.floor, r.ceiling)))
     console.print(shown, f'All of it: {out}')
 
 # %% ../nbs/26_reproduce.ipynb #c057

@@ -25,7 +25,7 @@ from scipy import stats
 
 from .condition import bootstrap_correlation, bootstrap_weights
 from .data import Cohort
-from .experiment import ENTRIES, trained
+from .experiment import ENTRIES, drawn_whole, trained
 from .paper import CLAIMS, judge, write_claims
 from .workspace import PALETTE, atomic, figure, progress, rng
 
@@ -564,9 +564,9 @@ def write_tables(out: str | Path,         # folder of the tables
                 ) -> dict:                # sheets, headline, lines
     "table1, table2, condition, headline, verdicts, claims, differences and all spreads. Patients with several cases are drawn whole where there are at least ten."
     out, name, test = Path(out), cohort_name(cohort), cohort if folds else cohort.split('test')
-    whole = test.obs.group.nunique() >= 10
+    groups = drawn_whole(test); whole = groups is not None
     resampling = ('test patients' if whole else f'single test cases (of {test.obs.group.nunique()} patients, too few to draw: it says nothing of other patients)') if patients else ''
-    draws = plausible(scores, patients, resamples, test.obs.group.to_numpy(str) if whole else None, shuffles)
+    draws = plausible(scores, patients, resamples, groups, shuffles)
     lines = verdict_lines(scores, draws)
     power = power_lines(draws, test.obs.group.nunique()) if folds else []
     notes = [*power, *[line for line in lines if ' beats ' in line], *reasons(cohort, list(dict.fromkeys(scores.model)), folds), *legend(scores, name, resampling, bool(paper), 'repeat' if folds else 'training seed')]
