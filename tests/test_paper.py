@@ -130,6 +130,18 @@ def test_collapse_detectability_and_rivals(paper):
     assert {alone[k] for k in want} == {'not testable here'}
 
 
+def test_what_two_numbers_decide_needs_both(paper):
+    three = lambda x: [x, x + .01, x - .01]
+    scores = run(recall=dict(gemmgan=three(.8), cond_wgan=three(.5), text_cls=three(.4)), precision=dict(gemmgan=three(.6), cond_wgan=three(.9), text_cls=three(.5)),
+                 lr_auc=dict(gemmgan=three(.7), cond_wgan=three(.9), cvae=three(.95)), mlp_auc=dict(gemmgan=three(.99)))
+    said = {v['id']: v for v in judge(CLAIMS, scores, 'toy', paper)}
+    want = dict(precision_below='reproduced', text_selective='differs', lr_harder='reproduced', mlp_detects='reproduced', images_stable='reproduced', end_to_end='differs', filter='differs')
+    assert {k: said[k]['verdict'] for k in want} == want
+    assert said['lr_harder']['number'] == pytest.approx(.2) and said['lr_harder']['low'] < .2 < said['lr_harder']['high']
+    flipped = changed(paper, 'table == 2 and model == "film" and metric == "recall"', .1)
+    assert verdict('images_stable', flipped)['verdict'] == 'differs'
+
+
 def test_a_run_is_never_judged_against_the_papers_values(paper):
     scores = run(recall=dict(gemmgan=[.5, .51], cvae=[.1, .11], vanilla=[.2, .21]))
     other = changed(paper, 'metric == "recall"', .99)
