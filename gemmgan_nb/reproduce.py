@@ -436,7 +436,7 @@ def dial(set_: Settings = ()):  # settings of profile dial, each name=value
     import pandas as pd
     from gemmgan_nb.tables import plot_dial
     frames, out = [], project_root()/'figures'/'dial'
-    for image, text in dict.fromkeys([(v, 1.) for v in values['dials']] + [(1., v) for v in values['dials']]):
+    for image, text in dict.fromkeys((float(i), float(t)) for v in values['dials'] for i, t in ((v, 1), (1, v), (v, v))):
         given = settings | {'cohort.image_signal': str(image), 'cohort.text_signal': str(text)}
         run = project_root()/'runs'/load_profile('dial', given)['run']
         console.print(f'image {image}, text {text}: {run}')

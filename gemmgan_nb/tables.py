@@ -601,9 +601,9 @@ def gather(out: Path, figures: Path, simulated: bool) -> list[str]:  # tables of
 DIALLED = ('precision', 'recall', 'c_mse', 'lr_auc', 'disease_type_rf_accuracy', 'correlation', 'crps', 'retrieval')   # the paper's five, and ours
 
 def plot_dial(scores: pd.DataFrame,  # image, text (the dials), model, metric, value
-              models: tuple = ('gemmgan', 'cond_wgan', 'ridge', 'class_gaussian', 'noise', 'oracle'),  # lines, where they were run
+              models: tuple = ('gemmgan', 'cond_wgan', 'cvae', 'ridge', 'class_gaussian', 'noise', 'oracle'),  # lines, where they were run
               metrics: tuple = DIALLED):  # panels, two rows
-    "Each metric against the image dial (solid, text at 1) and the text dial (dotted, image at 1)."
+    "Each metric against the image dial (solid, text at 1), the text dial (dotted, image at 1) and both together (dashed); grey: GeMM-GAN given another patient's slide and text."
     fig, axs = figure(2, len(metrics)//2, width=9, height=4.6)
     for ax, metric in zip(axs.flat, metrics, strict=True):
         part = scores[scores.metric == metric].groupby(['model', 'image', 'text']).value.mean().reset_index()
@@ -611,7 +611,10 @@ def plot_dial(scores: pd.DataFrame,  # image, text (the dials), model, metric, v
             for dial, other, style in (('image', 'text', '-'), ('text', 'image', ':')):
                 line = part[(part.model == m) & (part[other] == 1)].sort_values(dial)
                 ax.plot(line[dial], line.value, style, color=PALETTE[i], marker='o', ms=3, lw=1.3, label=title_of(m) if style == '-' else None)
+            line = part[(part.model == m) & (part.image == part.text)].sort_values('image'); ax.plot(line.image, line.value, '--', color=PALETTE[i], marker='o', ms=3, lw=1.3)
+        wrong = scores[(scores.metric == f'{metric}_wrong_patient') & (scores.model == models[0])].groupby('image').value.mean()
+        if len(wrong): ax.plot(wrong.index, wrong, color='.6', lw=3, alpha=.6, zorder=0)
         ax.set_title('Right patient near' if metric == 'retrieval' else dict(PANEL | CONDITION).get(metric, (metric,))[0], fontsize=9); ax.set(xticks=[0, .5, 1])
     handles = dict(zip(*axs.flat[0].get_legend_handles_labels()[::-1], strict=True))
-    fig.legend(handles.values(), handles.keys(), ncols=len(handles), loc='outside upper center'); fig.supxlabel('share of the true signal that is left (solid: image, dotted: text)', fontsize=9)
+    fig.legend(handles.values(), handles.keys(), ncols=len(handles), loc='outside upper center'); fig.supxlabel("share of the true signal that is left (solid: image, dotted: text, dashed: both); grey: another patient's slide and text", fontsize=9)
     return fig
