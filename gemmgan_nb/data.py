@@ -282,7 +282,7 @@ class Cohort:
         self.obs, self.var, self.X = obs, pd.DataFrame(index=range(X.shape[1])) if var is None else var, np.asarray(X, np.float32)
         self.folder, self.uns = Path(folder), dict(unit='', modalities=[]) | (uns or {})
         self.unit, self.modalities = str(self.uns['unit']), set(map(str, self.uns['modalities']))
-        self.image_of, self.text_of, self._banks, self._all = np.arange(n), np.arange(n), {}, list(obs.index)
+        self.image_of, self.text_of, self._banks, self._all, self.words = np.arange(n), np.arange(n), {}, list(obs.index), 'tokens'
         return self
     def __len__(self): return len(self.obs)
     def __getitem__(self,
@@ -305,7 +305,7 @@ class Cohort:
     @property
     def patches(self): return self._bank('patches', self.image_of)
     @property
-    def tokens(self): return self._bank('tokens', self.text_of)
+    def tokens(self): return self._bank(self.words, self.text_of)
     @property
     def cases(self):
         path = self.folder/'clinical.jsonl'
@@ -319,6 +319,11 @@ class Cohort:
         for m in ('image', 'text') if modality == 'patient' else (modality,): setattr(new, f'{m}_of', getattr(self, f'{m}_of')[other])
         labels = [c for c in ('disease_type', 'primary_site') if c in self.obs]
         if modality == 'patient': new.obs = self.obs.assign(**{c: self.obs[c].to_numpy()[other] for c in labels})
+        return new
+    def unlabelled(self):
+        "The same cases, told by texts that name neither tumour nor place. Raises FileNotFoundError when none were encoded."
+        new = copy.copy(self); new.words = 'tokens_unlabelled'
+        if not (path := self.folder/f'{new.words}.safetensors').exists(): raise FileNotFoundError(f'{path} is not there: no texts without labels were encoded. Ask for a row that reads them in the profile, and run it again.')
         return new
     def zeroed(self, modality: str):  # 'image' or 'text'
         "Each case without its image or text: an empty bag."

@@ -615,19 +615,20 @@ def import_features(cohort: str | Path,  # cohort directory; patches.safetensors
     return dict(slides=len(files), tiles=sum(map(len, files.values())), features_from=made_by(files, folder))
 
 # %% ../nbs/10_encoders.ipynb #c078
-def encode_texts(cohort: str | Path,     # cohort directory; tokens.safetensors is written there
+def encode_texts(cohort: str | Path,     # cohort directory; <name>.safetensors is written there
                  summaries: str | Path,  # jsonl of case_id, text
                  encoder: TextEncoder,   # what describes a token
-                 problems: Problems      # where cases without a text are noted
+                 problems: Problems,     # where cases without a text are noted
+                 name: str = 'tokens'    # of the packed file
                 ) -> dict:
-    "Encodes the texts of a cohort and packs `tokens.safetensors` beside it; returns numbers for the record."
+    "Encodes the texts of a cohort and packs them beside it; returns numbers for the record."
     texts, cases = read_summaries(summaries), list(Cohort.load(cohort).obs.index)
     have = [c for c in cases if texts.get(c, '').strip()]
     for case in sorted(set(cases) - set(have)): problems.add(case, f'has no text in {Path(summaries).name}; its bag of tokens is empty.')
     words = [texts[c] for c in have]
     gone, total = encoder.lost(words), sum(len(t.split()) for t in words)
     cut = dict(texts_cut=sum(n > encoder.max_tokens for n in encoder.count(words)), words_lost=round(sum(gone)/max(total, 1), 5))
-    pack(Path(cohort)/'tokens.safetensors', dict(zip(have, encoder(words), strict=True)), {c: [(c, None)]*(c in set(have)) for c in cases},
+    pack(Path(cohort)/f'{name}.safetensors', dict(zip(have, encoder(words), strict=True)), {c: [(c, None)]*(c in set(have)) for c in cases},
          encoder=encoder.name, encoder_id=encoder.id, max_tokens=encoder.max_tokens, **cut)
     return dict(texts=len(have)) | cut
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['both', 'labels', 'DML', 'SPOT', 'CASE', 'OTHER', 'DRAWN', 'ENTRIES', 'LABELS', 'BLOCKS', 'TIDY', 'RESAMPLES', 'entry',
-           'pathgen', 'dml', 'entries_of', 'model_class', 'trained', 'construct', 'jobs_of', 'patient_folds',
+           'pathgen', 'dml', 'entries_of', 'model_class', 'trained', 'as_told', 'construct', 'jobs_of', 'patient_folds',
            'few_as_other', 'sided', 'fold_view', 'cut_folds', 'job_key', 'fit_row', 'fit_folds', 'fit_job', 'Folded',
            'asked', 'scaled', 'view_of', 'load_row', 'realism', 'realism_of_folds', 'untrained_twin', 'condition_rows',
            'retrieval_of_folds', 'at_depth', 'said_of', 'biology_rows', 'augmentation_rows', 'more_rows',
@@ -43,9 +43,10 @@ def entry(kind: str,             # 'module.Class' in this library
           uses: tuple = (),      # modalities of its condition
           switches: dict | None = None,  # of the fusion network
           budget: dict | None = None,    # changes to the profile's budget
+          texts: str = '',       # 'without_labels': reads texts that name neither tumour nor place; '': those of the profile
           **spec) -> dict:       # more of ModelSpec
     "One row of the tables."
-    return dict(kind=kind, spec=asdict(ModelSpec(name, title, tuple(uses), **spec)), switches=switches or {}, budget=budget or {})
+    return (dict(texts=texts) if texts else {}) | dict(kind=kind, spec=asdict(ModelSpec(name, title, tuple(uses), **spec)), switches=switches or {}, budget=budget or {})
 
 both, labels = ('image', 'text'), ('labels',)
 DML = dict(standardise=True, dim=64, hidden=128, lr=1e-3, dropout=.2, ema=.98)   # chosen on HER2ST's validation section
@@ -75,6 +76,7 @@ ENTRIES = {e['spec']['name']: e for e in [
     *(entry('training.WGAN', name, title, uses, switches, budget, preset='as_coded' if 'as_coded' in name else 'paper')
       for name, (title, uses, switches, budget) in VARIANTS.items()),
     entry('training.WGAN', 'gemmgan_plus', 'GeMM-GAN plus', both, {}, dict(own=.13, mismatched=.1), preset='ours'),
+    entry('training.WGAN', 'unlabelled_text', 'GeMM-GAN, texts without labels', both, texts='without_labels', preset='ours'),
     entry('baselines.GaussianCopula', 'copula', 'Gaussian copula', labels, preset='ours'),
     entry('baselines.TopTiles', 'top_tiles', 'Top tiles (HE2RNA-like)', ('image',), preset='ours', deviations=("GeMM-GAN's features and patches a step, not ResNet-50 and 8,000 tiles", *OTHER)),
     entry('baselines.Regions', 'regions', 'Regions (SEQUOIA-like)', ('image',), preset='ours', deviations=(
@@ -118,6 +120,10 @@ def model_class(kind: str):  # 'module.Class'
 def trained(entry: dict) -> bool:  # a registry entry
     "Does it need training steps, and so several seeds?"
     return issubclass(model_class(entry['kind']), Network)
+
+def as_told(entry: dict, cohort: Cohort) -> Cohort:  # a registry entry, what it is fitted on or asked about
+    "The cohort with the texts that the row reads."
+    return cohort.unlabelled() if entry.get('texts') == 'without_labels' else cohort
 
 def construct(entry: dict,          # a registry entry
               budget: dict,         # fields of Budget that the profile sets
@@ -252,12 +258,12 @@ def fit_job(entries: list[dict],  # rows of this job
     "Trains every seed of every row of a job; finished ones are kept."
     out, rows = Path(out), []
     for e in entries:
-        key = job_key(code, e, budget, cohort, folds)
+        key, cases = job_key(code, e, budget, cohort, folds), as_told(e, cohort)
         for seed in seeds if trained(e) or folds else seeds[:1]:
             folder, work = out/e['spec']['name']/f'seed{seed}', out/'work'/key/f'{e["spec"]["name"]}-{seed}'
             done = folder/'done.json'
             if not (done.exists() and read_json(done)['key'] == key):
-                seconds = fit_folds(e, cohort, seed, budget, folder, work, folds) if folds else fit_row(e, cohort, seed, budget, folder, work).seconds
+                seconds = fit_folds(e, cases, seed, budget, folder, work, folds) if folds else fit_row(e, cases, seed, budget, folder, work).seconds
                 write_json(done, dict(key=key, model=e['spec']['name'], seed=seed, seconds=round(seconds, 1)))
             rows.append({k: v for k, v in read_json(done).items() if k != 'key'})
     return pd.DataFrame(rows)
@@ -496,7 +502,7 @@ def evaluate_job(entries: list[dict],    # rows of this job
         for i, folder in enumerate(sorted((Path(fits)/e['spec']['name']).glob('seed*'))):
             model, seed = load_row(e, folder), read_json(folder/'done.json')['seed']
             runs = generations if isinstance(generations, int) else generations[min(i, 1)]
-            whole = sided(cohort, ['test']*len(cohort)) if isinstance(model, Folded) else cohort
+            whole = as_told(e, sided(cohort, ['test']*len(cohort)) if isinstance(model, Folded) else cohort)
             frame, patients = evaluate(model, whole, seed, runs, bounds={}, **how)
             frames.append(frame[TIDY[:-2]]); cases |= {f'{e["spec"]["name"]}/{seed}/{k}': v.contiguous() for k, v in patients.items()}
             truth = scaled(model, whole.split('test'))
