@@ -27,7 +27,7 @@ test-all: test
 	@$(BIN)/pytest -m 'slow or not slow'
 
 bench: $(VENV)/ready
-	@mkdir -p runs/bench && $(BIN)/papermill --log-output --no-progress-bar nbs/27_benchmarks.ipynb runs/bench/executed.ipynb -p scale paper -p out runs/bench $(if $(SLIDE),-p slide $(abspath $(SLIDE)))
+	@mkdir -p runs/bench && $(BIN)/papermill --log-output --no-progress-bar nbs/27_benchmarks.ipynb runs/bench/executed.ipynb -p scale paper -p out runs/bench $(if $(SLIDE),-p slide '$(abspath $(SLIDE))')
 
 docs: $(VENV)/ready
 	@$(BIN)/python workflow/docs/build.py

@@ -8,7 +8,7 @@ __all__ = ['LEVELS', 'SAMPLE', 'SLIDE', 'FIELDS', 'NETWORK', 'UUID', 'MANIFEST',
            'search', 'holds', 'TinyGdc', 'hit', 'tiny_archive', 'file_table', 'pair_up', 'best_pairs', 'funnel_row',
            'select_pairs', 'plot_funnel', 'read_manifest', 'write_manifest', 'target', 'unlike', 'receive',
            'checked_range', 'fetch', 'DownloadError', 'room', 'download', 'reported', 'clinical', 'find',
-           'slide_manifest', 'rna_manifest', 'download_cohort', 'fetch_both', 'with_genes']
+           'slide_manifest', 'rna_manifest', 'download_cohort', 'fetch_both', 'with_genes', 'beside_paper']
 
 # %% ../nbs/05_gdc.ipynb #c002
 import email.utils
@@ -287,37 +287,44 @@ def tiny_archive(folder: str | Path,  # where the simulation writes
 
 # %% ../nbs/05_gdc.ipynb #c044
 def _biospecimen(hit):
-    "The branch on which a file hangs: case, sample, portion, slide. GDC names the slide or aliquot; a slide's barcode also begins its file name."
+    """The branch on which a file hangs (case, sample, portion, slide) and how it was found. GDC names the slide or aliquot, and a slide's barcode begins its file name.
+    Where neither names a branch: the only portion, else the first sample by barcode without a portion, so that nothing is taken for closer than it is known to be."""
     named = {e.get('entity_submitter_id') for e in hit.get('associated_entities') or []}
     branches = [(c, s, p, e) for c in hit['cases'] for s in c.get('samples') or [{}] for p in s.get('portions') or [{}]
                 for e in [*(p.get('slides') or []), *(x for a in p.get('analytes') or [] for x in a.get('aliquots') or []), {}]]
     mine = lambda e: e.get('submitter_id') and (e['submitter_id'] in named or hit['file_name'].startswith(e['submitter_id'] + '.'))
-    return next((b for b in branches if mine(b[3])), branches[0])
+    if named_one := next((b for b in branches if mine(b[3])), None): return named_one, 'named'
+    barcode = lambda part: part.get('submitter_id') or ''
+    fit = [b for b in branches if barcode(b[1]) and hit['file_name'].startswith(barcode(b[1]))] or branches
+    samples, portions = ({barcode(b[k]) for b in fit} for k in (1, 2))
+    case, sample, portion, _ = min(fit, key=lambda b: (barcode(b[1]), barcode(b[2])))
+    if len(samples) == len(portions) == 1: return (case, sample, portion, {}), 'only'
+    return (case, sample, {}, {}), f'first of {len(samples)} samples' if len(samples) > 1 else f'one of {len(portions)} portions'
 
 def _said(record, field, otherwise): return v if (v := record.get(field)) not in (None, '', 'Not Reported', 'Unknown') else otherwise
 
 # %% ../nbs/05_gdc.ipynb #c046
 def file_table(hits: list[dict]     # of /files, with `FIELDS`
               ) -> pd.DataFrame:    # a row a file
-    "Files as a table: id, name, md5, bytes, state, updated, case_id, project, disease_type, primary_site, sample, portion, slide, location, kind, tissue, descriptor."
+    "Files as a table: id, name, md5, bytes, state, updated, case_id, project, disease_type, primary_site, sample, portion, slide, location, kind, tissue, descriptor, branch (how sample and portion were found)."
     rows = []
     for h in hits:
-        case, sample, portion, slide = _biospecimen(h)
+        (case, sample, portion, slide), branch = _biospecimen(h)
         code = sample.get('submitter_id') or '-'.join(h['file_name'].split('.')[0].split('-')[:4])
         rows.append(dict(id=h['file_id'], name=h['file_name'], md5=h['md5sum'], bytes=int(h['file_size']), state=h.get('state', ''), updated=h.get('updated_datetime') or '',
                          case_id=case['submitter_id'], project=case['project']['project_id'], disease_type=case.get('disease_type', ''), primary_site=case.get('primary_site', ''), sample=code,
                          portion=portion.get('submitter_id') or '', slide=slide.get('submitter_id') or h['file_name'].split('.')[0], location=slide.get('section_location') or '',
                          kind='FFPE' if h.get('experimental_strategy') == 'Diagnostic Slide' or sample.get('preservation_method') == 'FFPE' else 'frozen',
-                         tissue=_said(sample, 'tissue_type', 'Normal' if code[13:14] == '1' else 'Tumor'), descriptor=_said(sample, 'tumor_descriptor', 'Primary' if code[13:15] == '01' else '')))
-    return pd.DataFrame(rows, columns='id name md5 bytes state updated case_id project disease_type primary_site sample portion slide location kind tissue descriptor'.split())
+                         tissue=_said(sample, 'tissue_type', 'Normal' if code[13:14] == '1' else 'Tumor'), descriptor=_said(sample, 'tumor_descriptor', 'Primary' if code[13:15] == '01' else ''), branch=branch))
+    return pd.DataFrame(rows, columns='id name md5 bytes state updated case_id project disease_type primary_site sample portion slide location kind tissue descriptor branch'.split())
 
 # %% ../nbs/05_gdc.ipynb #c048
 def pair_up(slides: pd.DataFrame,  # from `file_table`
             rna: pd.DataFrame      # from `file_table`
            ) -> pd.DataFrame:      # a row a pair of slide and RNA of one patient; columns of the slide, `rna_*` for the RNA, `match`
     "Every slide with every RNA file of the same patient, and how closely they belong together: portion, sample or case."
-    pairs = slides.merge(rna[['case_id', 'id', 'name', 'md5', 'bytes', 'state', 'updated', 'sample', 'portion', 'tissue', 'descriptor']].rename(columns=lambda c: c if c == 'case_id' else f'rna_{c}'), on='case_id')
-    same_sample = pairs['sample'] == pairs.rna_sample
+    pairs = slides.merge(rna[['case_id', 'id', 'name', 'md5', 'bytes', 'state', 'updated', 'sample', 'portion', 'tissue', 'descriptor', 'branch']].rename(columns=lambda c: c if c == 'case_id' else f'rna_{c}'), on='case_id')
+    same_sample = (pairs['sample'] == pairs.rna_sample) & ~(pairs.branch + ' ' + pairs.rna_branch).str.contains('samples')
     same_portion = same_sample & (pairs.portion == pairs.rna_portion) & (pairs.portion != '')
     return pairs.assign(match=pd.Categorical(np.select([same_portion, same_sample], ['portion', 'sample'], 'case'), LEVELS, ordered=True))
 
@@ -475,10 +482,13 @@ def room(tables: dict,     # subfolder ('.' for the folder itself) -> manifest
          spare: float      # bytes that must stay free
         ) -> None:
     "Raises OSError when what is still to come does not fit."
+    files, free = [(target(folder/part, *row[:2]), *row[2:]) for part, t in tables.items() for row in zip(t.id, t.filename, t['size'], t.md5, strict=True)], shutil.disk_usage(folder).free
     there = lambda p: p.stat().st_size if p.exists() else 0
-    files = [(target(folder/part, i, n), size) for part, t in tables.items() for i, n, size in zip(t.id, t.filename, t['size'], strict=True)]
-    need = sum(max(0, size - max(there(p), there(p.with_name(p.name + '.part')))) for p, size in files)
-    free = shutil.disk_usage(folder).free
+    begun = lambda p, size: have if (have := there(p.with_name(p.name + '.part'))) <= size else 0
+    to_come = lambda whole: sum(0 if whole(p, size, md5) else size - begun(p, size) for p, size, md5 in files)
+    if to_come(lambda *_: False) + spare <= free: return                                # then nothing need be read
+    need = to_come(lambda p, size, md5: there(p) == size)
+    if need + spare <= free: need = to_come(lambda *file: not unlike(*file))            # a file of the right length may be the wrong one, and comes again
     if need and need + spare > free: raise OSError(f'{need/1e9:.2f} GB are still to come and {spare/1e9:.2f} GB must stay free, but {folder} has {free/1e9:.2f} GB. Free some, or choose another folder.')
 
 # %% ../nbs/05_gdc.ipynb #c077
@@ -553,7 +563,7 @@ def find(base: str,         # GDC's address
     pairs, funnel = select_pairs(slides, rna, selection)
     every = pair_up(slides, rna); kept = set(zip(pairs.id, pairs.rna_id, strict=True))
     with atomic(out/'pairs.csv') as p: every.assign(chosen=[k in kept for k in zip(every.id, every.rna_id, strict=True)]).to_csv(p, index=False)
-    with atomic(out/'funnel.csv') as p: funnel.to_csv(p, index=False)
+    with atomic(out/'funnel.csv') as p: beside_paper(funnel).to_csv(p, index=False)
     write_manifest(out/'gdc_manifest.txt', pd.concat([slide_manifest(pairs), rna_manifest(pairs)]))
     return pairs, funnel, release
 
@@ -613,7 +623,20 @@ def with_genes(funnel: pd.DataFrame,  # from `select_pairs`
                out: Path,             # the source folder
                max_zeros: float = .9  # paper: genes with more than 90 % missing values go
               ) -> pd.DataFrame:      # with a column genes
-    "The funnel with the genes at its end: protein-coding ones, and those left by the paper's filter over all cases (the cohort counts over training cases)."
+    "The funnel with the genes at its end, each rule over all cases (the cohort counts over training cases), beside the paper."
     frame = read_expression(Path(out), rows, 'tpm_unstranded', Problems())
-    genes = [('protein-coding genes', frame.shape[1]), (f'zero in at most {100*max_zeros:.0f} % of all cases', int(expressed(frame.to_numpy(), max_zeros).sum()))]
-    return pd.concat([funnel, pd.DataFrame([dict(rule=r, cases=len(frame), genes=n) for r, n in genes])], ignore_index=True)
+    own, left = ~frame.attrs['symbol'].reindex(frame.columns).duplicated(keep=False).to_numpy(), expressed(frame.to_numpy(), max_zeros)
+    few = f'zero in at most {100*max_zeros:.0f} % of all cases'
+    genes = {'protein-coding genes': frame.shape[1], 'protein-coding, the symbol stands once': own.sum(), f'protein-coding, {few}': left.sum(), f'protein-coding, the symbol stands once, {few}': (own & left).sum(),
+             'protein-coding, zero in no case': expressed(frame.to_numpy(), 0).sum()}
+    return beside_paper(pd.concat([funnel, pd.DataFrame([dict(rule=r, cases=len(frame), genes=int(n)) for r, n in genes.items()])], ignore_index=True))
+
+def beside_paper(funnel: pd.DataFrame, # rule, cases and, where genes are counted, genes
+                 cases: int = 1944,    # of the paper, Sec. 5.2
+                 genes: int = 18868    # of the paper, Sec. 5.2
+                ) -> pd.DataFrame:     # with columns paper, residue, nearest
+    "How far each rule is from the paper's number, and which is nearest."
+    counts = funnel.get('genes', pd.Series(np.nan, funnel.index)).notna()
+    paper = pd.Series(np.where(counts, genes, cases), funnel.index)
+    residue = funnel.get('genes', funnel.cases).fillna(funnel.cases).astype(int) - paper
+    return funnel.assign(paper=paper, residue=residue, nearest=residue.abs() == residue.abs().groupby(counts).transform('min'))

@@ -6,8 +6,8 @@
 __all__ = ['SECTIONS', 'ON', 'RIVALRY', 'MADE_BY', 'COLOURS', 'STYLE', 'POLICY', 'Markup', 'el', 'picture', 'listing', 'Read',
            'beside', 'sheet_table', 'RunFolder', 'section', 'tried', 'badge', 'decided', 'claims_of', 'telling',
            'plot_bounds', 'plain', 'histories', 'plot_training', 'drawn', 'embed', 'plot_profiles', 'hardest',
-           'plot_coverage', 'plot_rivals', 'stages', 'plot_stages', 'origin', 'cell_of', 'page', 'write_report',
-           'Complaints']
+           'plot_coverage', 'plot_rivals', 'stages', 'plot_stages', 'costs', 'origin', 'cell_of', 'page',
+           'write_report', 'Complaints']
 
 # %% ../nbs/25_report.ipynb #c002
 import base64
@@ -471,6 +471,20 @@ def plot_stages(frame: pd.DataFrame  # of `stages`
     for i, r in enumerate(frame.itertuples()): ax.text((r.start + r.seconds)/60, -i, f' {r.seconds:.0f} s', va='center', fontsize=7)
     ax.set_yticks(y, [s.replace('$', r'\$')[:40] for s in frame.stage], fontsize=8); ax.set(xlabel='minutes', xlim=(0, None)); ax.margins(x=.12); return fig
 
+# %% ../nbs/25_report.ipynb #c107
+def costs(run: RunFolder   # whose
+         ) -> pd.DataFrame: # stage, seconds, peak_gb, bytes, device; the last row is the whole run
+    "What each stage took in time and memory, and what its folder holds. Raises Missing."
+    frame, root = stages(run)[['stage', 'seconds', 'peak_gb', 'device']], Path(run.folder)
+    held = dict.fromkeys(frame.stage, 0); rest = 0
+    for p in root.rglob('*'):
+        if not p.is_file() or 'report' in (parents := p.relative_to(root).parent).parts[:1]: continue
+        owner = next((s for q in (parents, *parents.parents) if (s := q.as_posix()) in held), None)
+        if owner is None: rest += p.stat().st_size
+        else: held[owner] += p.stat().st_size
+    whole = dict(stage='all', seconds=round(frame.seconds.sum(), 2), peak_gb=frame.peak_gb.max(), bytes=sum(held.values()) + rest, device='')
+    return pd.concat([frame.assign(bytes=frame.stage.map(held)), pd.DataFrame([whole])], ignore_index=True)[['stage', 'seconds', 'peak_gb', 'bytes', 'device']]
+
 # %% ../nbs/25_report.ipynb #c077
 @section('timeline', 'Stage timeline')
 def _timeline(run):
@@ -478,7 +492,7 @@ def _timeline(run):
     span = (frame.start + frame.seconds).max()
     yield el('p', f'{len(frame)} stages, {frame.seconds.sum()/60:.1f} minutes of work in {span/60:.1f} minutes on the clock; the longest is {most.stage} with {most.seconds/60:.1f}. Peak memory of one stage: {plain(frame.peak_gb.max(), 2)} GB.')
     yield picture(plot_stages(frame), 'Bars from start to end of each stage: ' + '; '.join(f'{r.stage} {r.seconds:.0f} s' for r in frame.itertuples()) + '.', 'Wall time of each stage; times in which none ran are cut out.')
-    left = [(p.parent.relative_to(run.folder).as_posix(), *map(str, r)) for p in sorted(Path(run.folder).rglob('problems.csv')) for r in pd.read_csv(p, keep_default_na=False).iloc[:, :2].itertuples(index=False)]
+    left = [(p.parent.relative_to(run.folder).as_posix(), *map(str, r)) for p in sorted(Path(run.folder).rglob('problems.csv')) if not p.parent.name.startswith('shard_') for r in pd.read_csv(p, keep_default_na=False).iloc[:, :2].itertuples(index=False)]
     if left: yield listing(pd.DataFrame(left[:50], columns=['Stage', 'Item', 'Problem']), f'What was left out: {len(left)} items' + (', the first 50' if len(left) > 50 else ''))
 
 # %% ../nbs/25_report.ipynb #c079
@@ -592,6 +606,9 @@ def write_report(folder: str | Path,         # runs/<run>
     can_be_written(out/'index.html')
     text, empty = page(RunFolder(folder, Path(dial) if dial else None, seed))
     with atomic(out/'index.html') as p: p.write_text(text, encoding='utf-8', errors='xmlcharrefreplace')
+    try: took = costs(RunFolder(folder))
+    except Missing: return out/'index.html', empty
+    with atomic(out/'stages.csv') as p: took.to_csv(p, index=False)
     return out/'index.html', empty
 
 # %% ../nbs/25_report.ipynb #c095

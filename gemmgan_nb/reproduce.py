@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['HEADING', 'PACKAGE', 'MANNERS', 'console', 'NEEDED', 'app', 'Profile', 'Settings', 'USUAL', 'WEIGHTS', 'stage_cells',
-           'stage_engine', 'run_stage', 'Code', 'stage_code', 'one_training_a_gpu', 'snakemake_command', 'command_of',
-           'watch', 'wind_down', 'stoppable', 'at_work', 'problems_of', 'wrong', 'one_line', 'settings_of',
-           'read_profile', 'profile_names', 'setting_names', 'ending', 'opened', 'reproduce', 'table_of', 'layout_of',
-           'gap_of', 'plan', 'dial', 'anndata_at', 'evaluate', 'generate', 'report', 'stage', 'Finding', 'finding',
-           'Needs', 'needs_of', 'ways_of', 'cases_of', 'genes_of', 'disk_of', 'memory_of', 'existing', 'bytes_in',
-           'check_disk', 'check_memory', 'check_writable', 'Gpus', 'gpus_here', 'check_gpu', 'check_python',
-           'installed', 'pins_of', 'check_packages', 'check_slide_libraries', 'in_cache', 'hub_of', 'check_network',
-           'check_token', 'check_gdc', 'check_folder', 'check_only', 'in_time', 'guarded', 'examine', 'check_four_bits',
-           'doctor', 'bytes_there', 'shown_arriving', 'fetch_manifest', 'folder_for', 'told', 'download', 'main']
+           'stage_engine', 'visible_gpus', 'own_gpu', 'run_stage', 'Code', 'stage_code', 'one_training_a_gpu',
+           'snakemake_command', 'command_of', 'watch', 'wind_down', 'stoppable', 'at_work', 'problems_of', 'wrong',
+           'one_line', 'settings_of', 'read_profile', 'profile_names', 'setting_names', 'ending', 'opened', 'reproduce',
+           'table_of', 'layout_of', 'gap_of', 'plan', 'dial', 'anndata_at', 'evaluate', 'generate', 'report', 'stage',
+           'Finding', 'finding', 'Needs', 'needs_of', 'ways_of', 'cases_of', 'genes_of', 'disk_of', 'memory_of',
+           'existing', 'bytes_in', 'check_disk', 'check_memory', 'check_writable', 'Gpus', 'gpus_here', 'check_gpu',
+           'check_python', 'installed', 'pins_of', 'check_packages', 'check_slide_libraries', 'in_cache', 'hub_of',
+           'check_network', 'check_token', 'check_gdc', 'check_folder', 'check_only', 'in_time', 'guarded', 'examine',
+           'check_four_bits', 'doctor', 'bytes_there', 'shown_arriving', 'fetch_manifest', 'folder_for', 'told',
+           'download', 'main']
 
 # %% ../nbs/26_reproduce.ipynb #c002
 import sys
@@ -25,6 +26,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -37,7 +39,7 @@ import threading
 import time
 from collections.abc import Callable
 from configparser import ConfigParser
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -93,6 +95,33 @@ def stage_engine() -> type:  # a class to register with papermill
             return super().execute_managed_notebook(nb_man, kernel_name, **kw)
     return StageEngine
 
+# %% ../nbs/26_reproduce.ipynb #c141
+def visible_gpus(said: str | None = None,  # CUDA_VISIBLE_DEVICES; default what the environment says, and where it says nothing, every device
+                 there=lambda: [p.name.removeprefix('nvidia') for p in Path('/dev').glob('nvidia[0-9]*')]  # numbers of the devices of this machine
+                ) -> list[str]:            # as CUDA_VISIBLE_DEVICES names them
+    "The GPUs that this process may use; like CUDA, none from the first -1 on."
+    said = os.environ.get('CUDA_VISIBLE_DEVICES') if said is None else said
+    if said is None: return sorted(there(), key=int)
+    return list(itertools.takewhile(lambda d: d and d != '-1', (d.strip() for d in said.split(',')))) if there() else []
+
+@contextmanager
+def own_gpu(gpus: list[str] | None = None,  # default `visible_gpus()`
+            folder: Path | None = None      # of the lock files; default one of this user in the machine's temporary folder
+           ):                               # gives the device, or '' where there is none or all are taken
+    "Shows what is started inside only one GPU, one that nobody else holds."
+    gpus, before, held = visible_gpus() if gpus is None else gpus, os.environ.get('CUDA_VISIBLE_DEVICES'), ExitStack()
+    folder = folder or Path(tempfile.gettempdir())/f'gemmgan-gpus-{os.getuid()}'
+    with held:
+        for gpu in gpus:
+            try: held.enter_context(lock(folder/f'{re.sub("[^0-9A-Za-z-]", "_", gpu)}.lock', patience=0)); break
+            except RuntimeError: continue
+        else: gpu = ''
+        if gpu: os.environ['CUDA_VISIBLE_DEVICES'] = gpu
+        try: yield gpu
+        finally:
+            if gpu: os.environ.pop('CUDA_VISIBLE_DEVICES')
+            if gpu and before is not None: os.environ['CUDA_VISIBLE_DEVICES'] = before
+
 # %% ../nbs/26_reproduce.ipynb #c012
 def run_stage(notebook: str | Path,  # a chapter with a `parameters` cell
               executed: str | Path,  # where the executed notebook goes
@@ -107,8 +136,9 @@ def run_stage(notebook: str | Path,  # a chapter with a `parameters` cell
     Path(executed).parent.mkdir(parents=True, exist_ok=True)
     die_with_parents()
     papermill.engines.papermill_engines.register('gemmgan', stage_engine())
-    papermill.execute_notebook(str(notebook), str(executed), params, engine_name='gemmgan', kernel_name='python3', section=section, progress_bar=False,
-                               extra_arguments=['--log-level=40'])
+    with own_gpu() if section == 'fit' else nullcontext():
+        papermill.execute_notebook(str(notebook), str(executed), params, engine_name='gemmgan', kernel_name='python3', section=section, progress_bar=False,
+                                   extra_arguments=['--log-level=40'])
 
 # %% ../nbs/26_reproduce.ipynb #c016
 PACKAGE = Path(__file__).parent if '__file__' in globals() else project_root()/'gemmgan_nb'
@@ -200,8 +230,8 @@ console = Console(highlight=False)
 
 def one_training_a_gpu(flags: tuple  # handed to Snakemake
                       ) -> list[str]:  # more of them
-    "On a machine with a GPU, trainings one at a time, unless the flags say otherwise."
-    return ['--resources', 'gpu=1'] if Path('/dev/nvidia0').exists() and '--resources' not in flags else []
+    "On a machine with GPUs, as many trainings at a time as there are devices, unless the flags say otherwise."
+    return ['--resources', f'gpu={len(gpus)}'] if (gpus := visible_gpus()) and '--resources' not in flags else []
 
 def snakemake_command(profile: str,    # name or path of a profile
                       settings: dict,  # dotted name -> value
@@ -275,7 +305,7 @@ def at_work(profile: str,       # name or path of a profile
 def problems_of(run: Path):  # folder of a run
     "All that single slides or cases met with in the stages of a run: a table with columns stage, item, problem."
     import pandas as pd
-    found = [pd.read_csv(p).assign(stage=p.parent.name) for p in sorted(run.rglob('problems.csv'))]
+    found = [pd.read_csv(p).assign(stage=p.parent.name) for p in sorted(run.rglob('problems.csv')) if not p.parent.name.startswith('shard_')]     # what a share met with, the joining stage says again
     return pd.concat([pd.DataFrame(columns=['stage', 'item', 'problem']), *[f for f in found if len(f)]])[['stage', 'item', 'problem']]
 
 # %% ../nbs/26_reproduce.ipynb #c039
@@ -600,7 +630,7 @@ def _work(values):
     return t.get('steps', 0)*t.get('batch', 1)*len(values['models'])*len(values.get('seeds', [0]))
 
 # %% ../nbs/26_reproduce.ipynb #c071
-USUAL = dict(gdc=(1944, 1500), simulated=(160, 30), her2st=(1300, 9), own=(1200, 500))   # source -> cases, patches a case
+USUAL = dict(gdc=(1944, 3400), simulated=(160, 30), her2st=(1300, 9), own=(1200, 500))   # source -> cases, patches a case
 WEIGHTS = {'uni': 1.2, 'uni2': 2.7, 'clinical_modernbert': .6, 'efficientnet_lite0': 0, 'minilm': 0}   # GB to fetch
 
 def cases_of(values: dict  # a profile

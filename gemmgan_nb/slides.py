@@ -12,9 +12,8 @@ import os
 import re
 import warnings
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from threading import Lock
 
@@ -181,13 +180,19 @@ class TiledLevel:
 
 # %% ../nbs/07_slides.ipynb #c030
 class Kept:
-    "A tile of the store; while entered, nobody takes its memory."
-    def __init__(self, memory): self.memory, self.busy, self.pixels, self.error, self.users = memory, Lock(), None, None, []  # (tile_h, tile_w, 3) uint8 to decode into
-    def __enter__(self):
-        with self.busy: pass      # until it is decoded
-        if self.error is None: return self.pixels
-        self.users.pop(); raise self.error
-    def __exit__(self, *_): self.users.pop()
+    "A tile of the store; its memory serves another tile once nobody holds this object."
+    def __init__(self,
+                 shape: tuple,  # (tile_h, tile_w, 3)
+                 spare: list):  # memory of tiles that have left
+        try: self.memory = spare.pop()
+        except IndexError: self.memory = np.empty(shape, np.uint8)
+        self.busy, self.done, self.rows, self.error = Lock(), False, None, None    # rows: (h, 3 w) uint8; None is glass
+        self.busy.acquire()
+        weakref.finalize(self, spare.append, self.memory).atexit = False
+    def fill(self, decode, i):  # `TiledLevel.decode`; the number of a tile
+        try: self.rows = None if (pixels := decode(i, self.memory)) is None else pixels.reshape(len(pixels), -1)
+        except Exception as e: self.error = e
+        self.done = True; self.busy.release()
 
 class Direct:
     "The tiles of a slide, decoded without OpenSlide and kept while their neighbours are read."
@@ -195,7 +200,7 @@ class Direct:
     def __init__(self,
                  path: Path,  # a tiled TIFF
                  handle):     # the same slide, opened by OpenSlide
-        self.path, self.tiles, self.spare, self.lock, self.checked, self.fd = path, OrderedDict(), {}, Lock(), {}, os.open(path, os.O_RDONLY)
+        self.path, self.tiles, self.spare, self.lock, self.checked, self.fd = path, {}, {}, Lock(), {}, os.open(path, os.O_RDONLY)
         self.close = weakref.finalize(self, os.close, self.fd)
         with tifffile.TiffFile(path) as tif:
             pages = {(p.imagewidth, p.imagelength): p for p in reversed(list(tif.pages)) if TiledLevel.fits(p)}
@@ -204,22 +209,20 @@ class Direct:
         if 0 not in self.levels: raise ValueError('level 0 is not 8-bit colour in tiles of a known compression')
         v = self.levels[0]
         self.keep = min(2*max(v.columns, -(-v.height//v.tile_h)) + 6, max(4, self.KEEP//(3*v.tile_w*v.tile_h)))
-    def _memory(self, level):
-        while len(self.tiles) >= self.keep and (oldest := next((k for k, kept in self.tiles.items() if not kept.users), None)):
-            self.spare.setdefault(oldest[0], []).append(self.tiles.pop(oldest).memory)
-        v, spare = self.levels[level], self.spare.get(level)
-        return spare.pop() if spare else np.empty((v.tile_h, v.tile_w, 3), np.uint8)
     def tile(self,
              level: int,  # a level that it has
              i: int):     # the number of a tile, row by row
-        "A tile from the store, or decoded, to be entered; errors are those of `TiledLevel.decode`."
-        with self.lock:
-            if missing := (kept := self.tiles.pop((level, i), None)) is None: kept = Kept(self._memory(level)); kept.busy.acquire()
-            self.tiles[level, i] = kept; kept.users.append(1)
-        if missing:
-            try: kept.pixels = self.levels[level].decode(i, kept.memory)
-            except Exception as e: kept.error = e
-            finally: kept.busy.release()
+        "A tile from the store, or decoded, to be held while its `rows` are read. Raises what `TiledLevel.decode` raises."
+        if (kept := self.tiles.get((level, i))) is None:
+            v = self.levels[level]
+            with self.lock:
+                if missing := (kept := self.tiles.get((level, i))) is None:
+                    while len(self.tiles) >= self.keep: del self.tiles[next(iter(self.tiles))]     # the oldest
+                    kept = self.tiles[level, i] = Kept((v.tile_h, v.tile_w, 3), self.spare.setdefault(level, []))
+            if missing: kept.fill(v.decode, i)
+        if not kept.done:
+            with kept.busy: pass      # another thread decodes it
+        if kept.error: raise kept.error
         return kept
 
 # %% ../nbs/07_slides.ipynb #c032
@@ -233,13 +236,14 @@ def direct_region(direct: Direct,   # the tiles of a slide
     v, out = direct.levels[level], np.empty((h, 3*w), np.uint8)      # flat rows are copied in a third of the time
     if min(x, y) < 0 or x + w > v.width or y + h > v.height: out[:] = 255
     for top in range(max(y, 0)//v.tile_h*v.tile_h, min(y + h, v.height), v.tile_h):
+        a, band = max(y - top, 0), out[max(top - y, 0):top + v.tile_h - y]
         for left in range(max(x, 0)//v.tile_w*v.tile_w, min(x + w, v.width), v.tile_w):
             i = top//v.tile_h*v.columns + left//v.tile_w
-            with direct.tile(level, i) if keep else nullcontext(v.decode(i)) as pixels:
-                a, b = max(y - top, 0), 3*max(x - left, 0)
-                here = out[max(top - y, 0):top + v.tile_h - y, 3*max(left - x, 0):3*(left + v.tile_w - x)]
-                part = 255 if pixels is None else pixels.reshape(len(pixels), -1)[a:a + here.shape[0], b:b + here.shape[1]]
-                (here if pixels is None else here[:part.shape[0], :part.shape[1]])[:] = part
+            if keep: tile = direct.tile(level, i); rows = tile.rows
+            else: rows = None if (pixels := v.decode(i)) is None else pixels.reshape(len(pixels), -1)
+            b, here = 3*max(x - left, 0), band[:, 3*max(left - x, 0):3*(left + v.tile_w - x)]
+            if rows is None: here[:] = 255
+            else: part = rows[a:a + len(here), b:b + here.shape[1]]; here[:part.shape[0], :part.shape[1]] = part
     return out.reshape(h, w, 3)
 
 # %% ../nbs/07_slides.ipynb #c035
@@ -319,8 +323,8 @@ class Slide:
              mpp: float | None = None    # microns per pixel of the result; None is native, as in the paper
             ) -> np.ndarray:             # (height, width, 3) uint8
         "A rectangle at `mpp`. Raises SlideError when the slide's mpp is needed and unknown, or reading fails."
-        size = width, height or width
-        return _box(self, x, y, [n*self.scale(mpp) for n in size], size)
+        size, scale = (width, height or width), self.scale(mpp)
+        return _box(self, x, y, (size[0]*scale, size[1]*scale), size)
     def thumbnail(self,
                   mpp: float = 8.  # microns per pixel of the result
                  ) -> np.ndarray:  # (h, w, 3) uint8
@@ -330,6 +334,7 @@ class Slide:
 # %% ../nbs/07_slides.ipynb #c047
 def _level(slide, shrink):
     "The coarsest level whose pixels are at most `shrink` (and 1 %) level-0 pixels wide, and its downsampling."
+    if shrink == 1: return 0, 1.     # nearly every read
     fits = [(d, i) for i, d in enumerate(slide.downsamples) if d <= shrink*1.01] or [(1., 0)]
     return max(fits)[::-1]
 

@@ -379,5 +379,5 @@ def tile_cohort(slides: pd.DataFrame,       # as `read_slides` gives them
     with atomic(lists/'tiles.csv') as p: summary.to_csv(p, index=False)
     with atomic(lists/'process_list.csv') as p: done[PROCESS].to_csv(p, index=False)
     problems.rows.sort(); problems.write(lists/'problems.csv')
-    if (summary.status != 'ok').all(): raise SlideError(f'None of {len(slides)} slides could be tiled. {": ".join(problems.rows[0]) if problems.rows else "The list is empty."}')
+    if lists == out and (summary.status != 'ok').all(): raise SlideError(f'None of {len(slides)} slides could be tiled. {": ".join(problems.rows[0]) if problems.rows else "The list is empty."}')
     return summary

@@ -236,3 +236,16 @@ def test_unknown_parameter_of_a_stage_is_an_error(tmp_path):
 def test_profiles_name_models_that_exist():
     from gemmgan_nb.experiment import jobs_of
     for path in (ROOT/'workflow'/'profiles').glob('*.yaml'): assert jobs_of(load_profile(str(path))['models'])
+
+
+def test_slides_are_shared_among_jobs_and_joined():
+    settings = json.dumps({'run': 'plan_of_shares', 'tiles.shards': 2, 'encoders.shards': 3})
+    planned = subprocess.run([sys.executable, '-m', 'snakemake', '--snakefile', 'workflow/Snakefile', '--config', 'profile=tcga', f'settings={settings}', '--cores', '1', '-n', '--until', 'encode'],
+                             cwd=ROOT, capture_output=True, text=True)
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    rules = re.findall(r'^rule (\w+):\n(?:.*\n)*?    input: (.*)\n    output: (.*)$', planned.stdout, re.M)
+    found = {name: (inputs, outputs) for name, inputs, outputs in rules}
+    assert {n for n in found if n.startswith(('tile', 'encode'))} == {'tile', 'tile_1_of_2', 'tile_2_of_2', 'encode', 'encode_1_of_3', 'encode_2_of_3', 'encode_3_of_3'}
+    for stage, n in (('tile', 2), ('encode', 3)):
+        for i in range(1, n + 1): assert found[f'{stage}_{i}_of_{n}'][1] in found[stage][0].split(', ')      # the joining job waits for each share
+    assert found['tile'][1] in found['encode_2_of_3'][0] and 'patches.safetensors' in found['encode'][1]
