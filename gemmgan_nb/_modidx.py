@@ -592,6 +592,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'gemmgan_nb.gdc.funnel_row': ('gdc.html#funnel_row', 'gemmgan_nb/gdc.py'),
                                 'gemmgan_nb.gdc.hit': ('gdc.html#hit', 'gemmgan_nb/gdc.py'),
                                 'gemmgan_nb.gdc.holds': ('gdc.html#holds', 'gemmgan_nb/gdc.py'),
+                                'gemmgan_nb.gdc.idc_funnel': ('gdc.html#idc_funnel', 'gemmgan_nb/gdc.py'),
                                 'gemmgan_nb.gdc.load_selection': ('gdc.html#load_selection', 'gemmgan_nb/gdc.py'),
                                 'gemmgan_nb.gdc.pair_up': ('gdc.html#pair_up', 'gemmgan_nb/gdc.py'),
                                 'gemmgan_nb.gdc.patiently': ('gdc.html#patiently', 'gemmgan_nb/gdc.py'),

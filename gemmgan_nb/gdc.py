@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'SAMPLE', 'SLIDE', 'FIELDS', 'NETWORK', 'UUID', 'MANIFEST', 'RECORD', 'read_idc', 'load_selection',
-           'try_rules', 'among', 'file_filter', 'GdcError', 'Passing', 'pause_asked', 'checked', 'patiently', 'ask',
-           'search', 'holds', 'TinyGdc', 'hit', 'tiny_archive', 'file_table', 'pair_up', 'best_pairs', 'funnel_row',
-           'select_pairs', 'plot_funnel', 'read_manifest', 'write_manifest', 'target', 'unlike', 'receive',
-           'checked_range', 'fetch', 'DownloadError', 'room', 'download', 'reported', 'clinical', 'find',
-           'slide_manifest', 'rna_manifest', 'download_cohort', 'fetch_both', 'with_genes', 'beside_paper']
+           'try_rules', 'idc_funnel', 'among', 'file_filter', 'GdcError', 'Passing', 'pause_asked', 'checked',
+           'patiently', 'ask', 'search', 'holds', 'TinyGdc', 'hit', 'tiny_archive', 'file_table', 'pair_up',
+           'best_pairs', 'funnel_row', 'select_pairs', 'plot_funnel', 'read_manifest', 'write_manifest', 'target',
+           'unlike', 'receive', 'checked_range', 'fetch', 'DownloadError', 'room', 'download', 'reported', 'clinical',
+           'find', 'slide_manifest', 'rna_manifest', 'download_cohort', 'fetch_both', 'with_genes', 'beside_paper']
 
 # %% ../nbs/05_gdc.ipynb #c002
 import email.utils
@@ -72,6 +72,22 @@ def try_rules(slides: pd.DataFrame,    # from `read_idc`
             rows += [dict(kinds='+'.join(kinds), limit=name, projects=len(part), cases=int(part.sum())) for part in (by, by.head(largest))]
     table = pd.DataFrame(rows).drop_duplicates()
     return table.assign(residue=table.cases - paper).sort_values('residue', key=abs, ignore_index=True)
+
+# %% ../nbs/05_gdc.ipynb #c103
+def idc_funnel(slides: pd.DataFrame,  # from `read_idc`
+               rna: set,              # patients with an expression file
+               limit: float = 104.2,  # megabytes; default 100 MB at GDC, whose files are smaller than their DICOM copies by 1.042
+               largest: int = 19,     # so many projects
+               paper: int = 1944      # cases in the paper
+              ) -> pd.DataFrame:      # rule, projects, cases, slides, frozen, residue
+    "What is left of a table of slides after each rule, and how far that is from the paper's cases."
+    rows = []
+    def left(rule, t): rows.append(dict(rule=rule, projects=t.project.nunique(), cases=t.patient.nunique(), slides=len(t), frozen=round(float((t.kind == 'frozen').mean()), 2), residue=t.patient.nunique() - paper)); return t
+    def biggest(t): return t[t.project.isin(t.groupby('project').patient.nunique().sort_values(ascending=False, kind='stable').index[:largest])]
+    t = left('RNA of the same patient', (every := left('a slide', slides))[every.patient.isin(rna)])
+    t = left(f'slide under {limit:g} MB', t[t.megabytes < limit]); t = left('of a primary tumour', t[t.tissue == 'TP'])
+    left(f'the {largest} largest projects', biggest(t)); t = left('or: frozen sections only, all projects', t[t.kind == 'frozen']); left(f'frozen sections only, the {largest} largest projects', biggest(t))
+    return pd.DataFrame(rows)
 
 # %% ../nbs/05_gdc.ipynb #c016
 def among(field: str,  # a field of GDC, e.g. cases.project.project_id

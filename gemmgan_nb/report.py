@@ -607,7 +607,7 @@ def write_report(folder: str | Path,         # runs/<run>
     text, empty = page(RunFolder(folder, Path(dial) if dial else None, seed))
     with atomic(out/'index.html') as p: p.write_text(text, encoding='utf-8', errors='xmlcharrefreplace')
     try: took = costs(RunFolder(folder))
-    except Missing: return out/'index.html', empty
+    except (Missing, OSError, ValueError, KeyError): return out/'index.html', empty     # the page says what is missing
     with atomic(out/'stages.csv') as p: took.to_csv(p, index=False)
     return out/'index.html', empty
 

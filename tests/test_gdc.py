@@ -280,3 +280,11 @@ def test_the_stage_fails_while_a_file_is_missing_and_ends_where_the_simulation_e
     assert len(cohort) == 4 and [c['submitter_id'] for c in read_cases(out/'clinical.jsonl')] == sorted(cohort.obs.index)
     slides = pd.read_csv(tmp_path/'cohort'/'slides.csv')
     assert all((tmp_path/'cohort'/p).exists() for p in slides.path) and pd.read_csv(out/'funnel.csv').genes.notna().sum() == 5
+
+
+@real
+def test_the_real_funnel_ends_near_the_paper():
+    rna = pd.read_csv(DATA/'gdc'/'he2rna'/'samples_description.csv.gz', sep='\t')
+    funnel = g.idc_funnel(g.read_idc(DATA/'gdc'/'tcga_slides_idc.parquet'), set(rna[rna['Sample.Type'] == 'Primary Tumor']['Case.ID']))
+    assert funnel.cases.tolist() == [11007, 9670, 2941, 2141, 2062, 1951, 1883] and funnel.slides.tolist() == [30075, 26558, 4531, 3044, 2960, 2680, 2609]
+    assert funnel.residue.tolist() == [c - 1944 for c in funnel.cases]
