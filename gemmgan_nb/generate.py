@@ -858,7 +858,8 @@ def can_be_written(path: str | Path) -> Path:  # file that will be written
     path = Path(path)
     must(not path.is_dir(), f'{path} is a folder. Expected the name of a file.')
     above = next(p for p in path.absolute().parents if p.exists())
-    must(above.is_dir() and os.access(above, os.W_OK), f'{path} cannot be written: {above} is {"not yours to write in" if above.is_dir() else "a file"}. Choose a place where you may write.')
+    try: tempfile.TemporaryFile(dir=above).close()      # asking for the right to write is not enough: a disk may be read-only
+    except OSError: raise GenerateError(f'{path} cannot be written: {above} is {"not yours to write in" if above.is_dir() else "a file"}. Choose a place where you may write.') from None
     return path
 
 def writable(path: str | Path) -> Path:  # .h5ad that will be written
