@@ -48,7 +48,11 @@ def lab(tmp_path_factory):
     except subprocess.TimeoutExpired: server.kill()
 
 
-def cells(path): return [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
+def cells(path):
+    for _ in range(50):
+        try: return [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
+        except json.JSONDecodeError: time.sleep(.1)      # JupyterLab is writing it
+    pytest.fail(f'{path} is no notebook')
 def errors(path): return [o['evalue'] for c in cells(path) for o in c['outputs'] if o['output_type'] == 'error']
 
 
