@@ -20,9 +20,10 @@ plan: $(VENV)/ready
 
 test: $(VENV)/ready
 	@echo "1/3 ruff on the exported library"; $(BIN)/ruff check gemmgan_nb
-	@echo "2/3 every notebook"; OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing
+	@echo "2/3 every notebook"; OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing | $(BIN)/python workflow/chapter_times.py $(TOO_SLOW)
 	@echo "3/3 pytest"; OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
+test-all: TOO_SLOW = --fail
 test-all: test
 	@$(BIN)/pytest -m 'slow or not slow'
 
@@ -36,7 +37,7 @@ lab: $(VENV)/ready
 	@$(BIN)/jupyter lab nbs
 
 readme: $(VENV)/ready
-	@$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
+	@$(BIN)/jupyter nbconvert --execute --no-input --to markdown --output-dir . --output README nbs/index.ipynb
 
 outputs: $(VENV)/ready
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --save && $(BIN)/python workflow/shrink_outputs.py && $(BIN)/nbdev-clean

@@ -170,7 +170,19 @@ TEXTS = [
     Bad('a million profiles', None, GEN + "--text 'a man' --n 1000000", '1000000 profiles'),
     Bad('many profiles in words', None, GEN + "--text 'a man' --n many", "'--n'|integer"),
     Bad('a seed below zero', None, GEN + "--text 'a man' --seed -1", 'seed'),
-    Bad('an option nobody knows', None, GEN + "--text 'a man' --temperature 2", '--temperature')]
+    Bad('an option nobody knows', None, GEN + "--text 'a man' --temperature 2", '--temperature'),
+    Bad('no tiles', None, GEN + f'--slide {S0} --most-tiles 0', '0 tiles at most'),
+    Bad('tiles in words', None, GEN + f'--slide {S0} --most-tiles all', "'--most-tiles'|integer"),
+    Bad('a device nobody has', None, GEN + f'--slide {S0} --device abacus', "'abacus'|cpu, cuda"),
+    Bad('a GPU that is not there', None, GEN + f'--slide {S0} --device cuda:99', 'GPUs here|cuda:99'),
+    Bad('another text without a first', None, GEN + f"--slide {S0} --instead 'a man'", 'no text that another could stand in for'),
+    Bad('another text that is empty', None, GEN + "--text 'a man' --instead ' '", 'The text instead is empty'),
+    Bad('another text of 5,000 words', None, GEN + f"--text 'a man' --instead '{'word '*5000}'", 'The text instead has 5,000 words'),
+    Bad('attention without a slide', None, GEN + "--text 'a man' --attention a.png", 'one slide'),
+    Bad('attention for two slides', None, GEN + f'--slide {S0} --slide {S0} --attention a.png', '2 patients'),
+    Bad('attention in a file that is no picture', None, GEN + f'--slide {S0} --attention a.txt', 'no name of a picture'),
+    Bad('attention into a folder', folder('a.png'), GEN + f'--slide {S0} --attention a.png', 'a.png is a folder'),
+    Bad('attention where nobody may write', None, GEN + f'--slide {S0} --attention /proc/a.png', 'cannot be written')]
 TABLES = [
     Bad('a table that is not there', None, GEN + '--slide t.csv', 't.csv is not there'),
     Bad('an empty table', bytes_of('t.csv', b''), GEN + '--slide t.csv', 't.csv is not readable as csv'),

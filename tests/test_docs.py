@@ -68,6 +68,23 @@ def test_the_reading_path_knows_every_chapter():
     assert all(asked.count('?') == 2 for _, asked in rows) and [n for n, _ in rows] == sorted(n for n, _ in rows)
 
 
+def test_the_readme_s_verdicts_are_those_of_the_runs():
+    code, = [''.join(c['source']) for c in json.loads((ROOT/'nbs/index.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
+    made = {}; exec(code, made)
+    assert made['verdicts'] in (ROOT/'README.md').read_text(), 'figures/*/claims.json say something else: make readme'
+    assert len(made['judged']) + made['open_'] + len(made['alone']) + len(made['built']) == sum(c['on'] != 'reading' for c in made['first'].values())
+
+
+def test_chapters_that_take_long_are_named():
+    inside = dict(__name__='times'); exec((ROOT/'workflow/chapter_times.py').read_text(), inside)
+    report = 'Success.\n24_generate.ipynb: 75 secs\n15_metrics.ipynb: 61 secs\n11_film.ipynb: 60 secs\n00_tour.ipynb: 9 secs\n'
+    assert inside['slow'](report) == {'24_generate.ipynb': 75, '15_metrics.ipynb': 61}
+    with pytest.raises(ValueError, match='No chapter was timed'): inside['slow']('Success.\n')
+    run = lambda text, *words: subprocess.run([sys.executable, ROOT/'workflow/chapter_times.py', *words], input=text, capture_output=True, text=True)
+    assert [run(t, *w).returncode for t, w in ((report, ()), (report, ['--fail']), (report[-50:], ()), ('Success.\n11_film.ipynb: 4 secs\n', ['--fail']))] == [0, 1, 1, 0]
+    assert report in run(report).stdout and '15_metrics.ipynb 61 s' in run(report).stdout
+
+
 def test_licence_and_citation():
     text, cff = (ROOT/'LICENSE').read_text(), yaml.safe_load((ROOT/'CITATION.cff').read_text())
     config = ConfigParser(); config.read(ROOT/'settings.ini')

@@ -14,12 +14,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from gemmgan_nb.condition import pack_card, reliability
 from gemmgan_nb.data import Cohort
 from gemmgan_nb.experiment import ENTRIES, construct, untrained_twin
-from gemmgan_nb.generate import (GenerateError, Looker, Request, attention, bank_reference, config_of, counterfactual, distances_of, encoder_for, find_checkpoint, generate, how_far,
-                                 keep_reference, learned, plot_attention, plot_counterfactual, read_checkpoint, requests_of, tensors_of, tiny_ears, tiny_eyes, writable, write)
+from gemmgan_nb import encoders, reproduce
+from gemmgan_nb import generate as module
+from gemmgan_nb.generate import (GLANCE, GenerateError, Looker, Request, attention, bank_reference, config_of, counterfactual, distances_of, encoder_for, find_checkpoint, first_numbers, generate, how_far,
+                                 keep_reference, keep_references, learned, moved_by, plot_attention, plot_counterfactual, read_checkpoint, requests_of, tensors_of, tiny_ears, tiny_eyes, writable, write)
 from gemmgan_nb.simulation import write_slide
 from gemmgan_nb.slides import Slide, tiny_slide
 from gemmgan_nb.workspace import read_json, rng, write_json
@@ -62,6 +65,9 @@ def simulated(tmp_path_factory, run):
 
 def edited(path, change):
     config = read_json(path); change(config); write_json(path, config)
+
+
+def knows_its_tiles(config): config['about']['features']['image'] |= dict(tile_mpp=.5, tile_px=128, min_tissue=.2)      # as the encode stage says
 
 
 def altered(place, tmp_path, change=None, tensors=None):
@@ -149,6 +155,25 @@ def test_the_reference_travels(ck, run, place, tmp_path):
     np.testing.assert_array_equal(again.reference['percentiles'], ck.reference['percentiles'])
     train = Cohort.load(run/'cohort').split('train'); np.testing.assert_allclose(bank_reference(train.patches)['mean'], ck.reference['mean'])
     assert how_far(None, ck.reference)['far'] == ''
+
+
+def test_a_run_leaves_the_reference_beside_its_checkpoints(run, how, tmp_path):
+    other = Path(shutil.copytree(run, tmp_path/'run')); kept, = keep_references(other)
+    alone = Path(shutil.copytree(kept.parent, tmp_path/'alone')); edited(alone/'config.json', knows_its_tiles)
+    data = generate(slide=run/'source'/'s0.tiff', text=TEXT, **how | dict(checkpoint=alone))
+    inside = generate(slide=run/'source'/'s0.tiff', text=TEXT, **how)
+    assert data.uns['reference'] == 'kept with the checkpoint' and data.obs.beyond.iloc[0] == inside.obs.beyond.iloc[0] and data.obs.distance.iloc[0] == pytest.approx(inside.obs.distance.iloc[0])
+    edited(alone/'config.json', lambda c: c.pop('weights')); weights = load_file(alone/'model.safetensors'); weights['scaler.mean'] += 1; save_file(weights, alone/'model.safetensors')
+    assert read_checkpoint(alone).reference['source'] == 'scales of the checkpoint'      # fitted again: what was usual then counts no more
+    assert keep_references(tmp_path) == []
+
+
+@real
+def test_taken_out_of_its_run_it_still_says_far(run, how, tmp_path):
+    alone = Path(shutil.copytree(run/'fit'/'any_modality'/'any_modality'/'seed0', tmp_path/'alone'))
+    shutil.copy(keep_references(Path(shutil.copytree(run, tmp_path/'run')))[0], alone); edited(alone/'config.json', knows_its_tiles)
+    data = generate(slide=REAL/'cmu-1-small-region.svs', **how | dict(checkpoint=alone))
+    assert data.obs.far.iloc[0] == 'far' and data.obs.beyond.iloc[0] > .5 and any('Do not trust' in w for w in data.uns['warnings'])
 
 
 # a simulated checkpoint knows it
@@ -371,6 +396,84 @@ def test_the_counterfactual_knows_the_law(run, look):
     assert counterfactual(look, seen, TEXT).change.abs().max() == 0
     plot_counterfactual(frame.reset_index())
     with pytest.raises(GenerateError, match='is empty'): counterfactual(look, seen, ' ')
+
+
+def test_another_text_leaves_its_layers(run, how, look):
+    data = generate(slide=run/'source'/'s0.tiff', text=TEXT, instead='a man with carcinoma of the breast', n=64, **how)
+    frame = counterfactual(look, look(Request('s0', run/'source'/'s0.tiff', text=TEXT)), 'a man with carcinoma of the breast', n=64).loc[data.var_names]
+    np.testing.assert_allclose(data.layers['z_change'][0], frame.change, atol=1e-6); np.testing.assert_allclose(data.layers['instead_mean'][0], frame.after, rtol=1e-5)
+    moved = moved_by(data); assert list(moved.symbol[:4]) == [s for s in frame.sort_values('change', key=np.abs, ascending=False).symbol[:4]] and (moved.change.abs() > 3*moved.error).all()
+    assert not {'instead_mean', 'z_change'} & set(generate(text=TEXT, n=4, **how).layers)
+    assert moved_by(generate(text=TEXT, instead=TEXT, n=8, **how)).empty
+
+
+def test_a_model_without_attention_says_so_before_the_work(run, how, tmp_path):
+    e = ENTRIES['mean_image']; cohort = Cohort.load(run/'cohort')
+    model = construct(e, dict(steps=2, batch=12, patches=4, dim=16, hidden=16, latent=4, score_every=2, n_critic=1)); model.fit(cohort.split('train'), cohort.split('val'), 0); model.save(tmp_path/'mean')
+    def never(*_): raise AssertionError('work began')
+    with pytest.raises(GenerateError, match='mean of all patches'): generate(slide=run/'source'/'s0.tiff', **how | dict(checkpoint=tmp_path/'mean'), attention_to=tmp_path/'a.png', follow=never)
+    assert not (tmp_path/'a.png').exists()
+
+
+# what is said while one waits
+
+def test_a_first_number_comes_early_and_changes_nothing(run, how):
+    said, ask = [], dict(slide=run/'source'/'s0.tiff', text=TEXT) | how
+    data = generate(follow=lambda ck, seen, total: said.append((len(seen.patches), total, first_numbers(ck, seen), first_numbers(ck, seen, genes=16, n=64))), **ask)
+    np.testing.assert_array_equal(data.X, generate(**ask).X)
+    assert [x[:2] for x in said] == [(GLANCE, 22), (22, 22)] and len(said[0][2]) == 5
+    final, (early, late) = pd.Series(data.X[0], data.var.symbol), [x[3] for x in said]
+    np.testing.assert_allclose(late, final[late.index], rtol=1e-5)      # of the result's kind: with all tiles and as many draws it is the result
+    text_genes = data.var.symbol[:8]; assert (early - final)[text_genes].abs().max() < .6 < final[text_genes].std()      # and what the text says is there with the first
+
+
+@pytest.fixture
+def command(run, how, monkeypatch):
+    "`gemmgan generate` with the tiny encoders: exit code, stdout, stderr."
+    monkeypatch.setitem(encoders.ENCODERS, 'tiny', encoders.ENCODERS['uni'])
+    monkeypatch.setattr(module, 'load_image_encoder', lambda *_: how['image_encoder']); monkeypatch.setattr(module, 'load_text_encoder', lambda *_: how['text_encoder'])
+    def go(*words):
+        ran = CliRunner(env=dict(COLUMNS='2000')).invoke(reproduce.app, ['generate', '--checkpoint', str(run), *map(str, words)])
+        assert ran.exception is None or isinstance(ran.exception, SystemExit), ran.exception
+        return ran.exit_code, ran.stdout, ran.stderr
+    return go
+
+
+def test_the_command_says_how_far_it_is_and_keeps_stdout_for_results(command, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce.shown_encoding.__wrapped__, '__defaults__', (0.,))      # a line whenever there is something to say
+    code, out, err = command('--slide', run/'source'/'s0.tiff', '--slide', run/'source'/'s1.tiff', '--text', TEXT, '--most-tiles', 12, '--out', tmp_path/'x.h5ad')
+    lines = err.splitlines()
+    assert code == 0 and lines[0].startswith(f's0, preliminary, from {GLANCE} of 12 tiles: ') and 'log2(tpm+1)' in lines[0] and err.count('preliminary') == 1
+    assert f's0: {GLANCE} of 12 tiles' in lines and 's1: 12 of 12 tiles' in lines
+    assert 'preliminary' not in out and 's0: 12 of its 22 tiles were encoded, drawn uniformly' in out and '2 patients' in out.splitlines()[-1]
+
+
+def test_the_command_shows_what_moves_and_where_it_looked(command, run, tmp_path):
+    code, out, err = command('--slide', run/'source'/'s0.tiff', '--text', TEXT, '--instead', 'a man with carcinoma of the breast', '--attention', tmp_path/'deep'/'a.png', '--out', tmp_path/'x.h5ad')
+    assert code == 0 and 'XIST' in out and 'Rank correlation' in out and 'over words' in out
+    with Image.open(tmp_path/'deep'/'a.png') as picture: assert picture.format == 'PNG' and min(picture.size) > 200
+    assert {'instead_mean', 'z_change', 'z_change_error'} < set(ad.read_h5ad(tmp_path/'x.h5ad').layers)
+
+
+# other programs
+
+@pytest.mark.filterwarnings('error')
+def test_the_file_is_what_scanpy_expects(run, how, tmp_path):
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); write(tmp_path/'x.h5ad', generate(features=run/'features'/'tiny', text=TEXT, **how))
+    data = ad.read_h5ad(tmp_path/'x.h5ad')      # a warning, of names that occur twice for instance, is an error here
+    assert data.var_names.is_unique and data.obs_names.is_unique and data.raw is None
+    assert all(v.dtype == np.float32 and v.shape == data.shape and np.isfinite(v).all() for v in (data.X, *data.layers.values()))
+    data.strings_to_categoricals(); data.var_names = data.var.symbol.astype(str); data.var_names_make_unique()
+    data[:, ['XIST', 'UTY']].to_df(layer='q05'); ad.concat([data, data], index_unique='-').write_h5ad(tmp_path/'two.h5ad')
+
+
+def test_scanpy_opens_it_and_works_on_it(run, how, tmp_path):
+    sc = pytest.importorskip('scanpy', reason='no scanpy here: pip install scanpy')
+    data = sc.read_h5ad(write(tmp_path/'x.h5ad', generate(features=run/'features'/'tiny', text=TEXT, **how)))
+    sc.pp.pca(data, n_comps=3); sc.pp.neighbors(data, n_neighbors=3); data.obs['kind'] = pd.Categorical(['a', 'b']*3)
+    sc.tl.rank_genes_groups(data, 'kind', method='t-test')
+    assert data.obsm['X_pca'].shape == (6, 3) and len(sc.get.rank_genes_groups_df(data, 'a')) == 16
+    assert sc.get.obs_df(data, ['XIST', 'far'], gene_symbols='symbol', layer='q95').shape == (6, 2)
 
 
 # real tissue, where it is

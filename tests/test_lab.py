@@ -12,7 +12,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
-CHAPTERS, PLAYGROUND = ('00_tour', '11_film'), '28_playground'
+PLAYGROUND = '28_playground'
+CHAPTERS = [p.stem for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')) if p.stem != PLAYGROUND]
 
 
 def free_port():
@@ -24,6 +25,7 @@ def lab(tmp_path_factory):
     "A JupyterLab with settings of its own, over a copy of the chapters without their outputs."
     folder, port = tmp_path_factory.mktemp('lab'), free_port()
     (folder/'nbs').mkdir()
+    for name in ('workflow', 'data_manifest', 'figures', 'gemmgan_nb', 'settings.ini', 'pyproject.toml', 'Makefile', 'constraints.txt'): (folder/name).symlink_to(ROOT/name)      # what chapters read of the project
     for name in (*CHAPTERS, PLAYGROUND):
         nb = json.loads((ROOT/f'nbs/{name}.ipynb').read_text())
         for c in nb['cells']:
@@ -46,7 +48,11 @@ def lab(tmp_path_factory):
     except subprocess.TimeoutExpired: server.kill()
 
 
-def cells(path): return [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
+def cells(path):
+    for _ in range(50):
+        try: return [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
+        except json.JSONDecodeError: time.sleep(.1)      # JupyterLab is writing it
+    pytest.fail(f'{path} is no notebook')
 def errors(path): return [o['evalue'] for c in cells(path) for o in c['outputs'] if o['output_type'] == 'error']
 
 
@@ -58,10 +64,12 @@ def test_a_chapter_runs_from_the_menu_without_an_error_and_shows_its_pictures(la
     page.screenshot(path=tmp_path/f'{name}_end.png')
     assert not errors(path)
     assert all(c['execution_count'] for c in cells(path)), 'not all cells ran in ten minutes'
+    noise = lambda at: sum(o.get('name') == 'stderr' for c in cells(at) for o in c['outputs'])
+    assert noise(path) <= noise(ROOT/f'nbs/{name}.ipynb')      # a warning belongs into a chapter where one is shown
     made = sum('image/png' in o.get('data', {}) for c in cells(path) for o in c['outputs'])
     assert made == sum(bool({'image/png', 'image/jpeg'} & o.get('data', {}).keys()) for c in cells(ROOT/f'nbs/{name}.ipynb') for o in c['outputs']) > 0
     shown = look_through(page, tmp_path/f'{name}.png')
-    assert shown == made and page.locator('.jp-OutputArea-output[data-mime-type*="stderr"]').count() == 0
+    assert shown == made
     assert not elsewhere
     page.close()
 
