@@ -7,7 +7,7 @@ __all__ = ['both', 'labels', 'DML', 'SPOT', 'CASE', 'OTHER', 'DRAWN', 'ENTRIES',
            'pathgen', 'dml', 'entries_of', 'model_class', 'trained', 'as_told', 'construct', 'jobs_of', 'patient_folds',
            'few_as_other', 'sided', 'fold_view', 'cut_folds', 'job_key', 'fit_row', 'fit_folds', 'fit_job', 'Folded',
            'asked', 'scaled', 'view_of', 'load_row', 'realism', 'realism_of_folds', 'untrained_twin', 'condition_rows',
-           'retrieval_of_folds', 'at_depth', 'said_of', 'biology_rows', 'augmentation_rows', 'more_rows',
+           'retrieval_of_folds', 'at_depth', 'spot_rows', 'said_of', 'biology_rows', 'augmentation_rows', 'more_rows',
            'trained_here', 'drawn_whole', 'evaluate', 'bounds_of', 'evaluate_job', 'Predictions',
            'evaluate_predictions']
 
@@ -32,6 +32,7 @@ from .baselines import real_halves
 from .condition import (attainable_correlation, bootstrap_weights, by_metric, calibration_rows, condition_test, counts_of, crps_cases, pack_card, reliability_rows, seen_under,
                                   retrieval, spread_ratio, thin, views_of)
 from .data import Cohort, LeakError, Scaler, one_side_each
+from .gene_dml import section_scores, top_genes
 from .metrics import Resamples, TooFew, augmentation_curve, biology_panel, correlation_mse, detection_panel, panel, precision_recall, read_sets
 from .privacy import one_each, privacy_rows
 from .training import Budget, History, ModelSpec, Network, known, refuse_seen
@@ -396,8 +397,24 @@ def at_depth(model, cohort, test, drawn, real, seed) -> dict:  # as in `conditio
     possible = attainable_correlation(counts_of(test.X, total), total, seed).mean().item()
     return dict(at_depth=dict(spread_ratio=spread_ratio(torch.from_numpy(model.scaler.transform(seen)), real)), attainable=dict(correlation=possible))
 
+# %% ../nbs/22_experiment.ipynb #c069
+def spot_rows(model,           # a fitted row
+              cohort: Cohort,  # whole; spots with coordinates
+              drawn: Tensor,   # (n, spots, genes) drawn by seed 0 for the test spots; their mean is the prediction
+              k: int = 50,     # genes on the list that validation chooses
+              B: int = 300     # resamples of blocks of spots
+             ) -> dict:        # spots_<pcc, pcc_top, mse, mae>_<spot or smooth>_<section>, and the same with _low, _high -> value
+    "Gene-DML's scores, section by section: truth as measured and averaged over 3 x 3 spots; blocks of 4 x 4 spots are drawn. Raises ValueError for cases without places."
+    val, test = cohort.split('val'), cohort.split('test')
+    top = top_genes(model.sample(val, min(16, len(drawn)), 1).mean(0), val, min(k, cohort.X.shape[1]))
+    found = {}
+    for kind in ('spot', 'smooth'):
+        for r in section_scores(drawn.mean(0), test, model.scaler, top, kind == 'smooth', B).itertuples():
+            key = f'spots_{r.metric}_{kind}_{r.section}'; found |= {key: r.value, f'{key}_low': r.low, f'{key}_high': r.high}
+    return found
+
 # %% ../nbs/22_experiment.ipynb #c037
-BLOCKS = ('calibration', 'privacy', 'biology', 'augmentation')
+BLOCKS = ('calibration', 'privacy', 'biology', 'augmentation', 'spots')
 
 def said_of(cohort: Cohort) -> dict:  # some cases
     "What biology is asked about: kind -> (cases,) words."
@@ -434,11 +451,12 @@ def more_rows(model,           # a fitted row
     "Scores of further blocks; one that has too few patients is left out, with a warning. Raises ValueError for a block that does not exist."
     if unknown := [b for b in blocks if b not in BLOCKS]: raise ValueError(f'There is no block {", ".join(unknown)}. Choose of: {", ".join(BLOCKS)}.')
     if blocks and isinstance(model, Folded): raise ValueError(f'Folds have no calibration side, so {", ".join(blocks)} cannot be asked. Set evaluation.blocks: [].')
-    if not model.spec.generative or not blocks: return {}
+    at_places = spot_rows(model, cohort, drawn) if 'spots' in blocks else {}; blocks = [b for b in blocks if b != 'spots']
+    if not model.spec.generative or not blocks: return at_places
     cal = cohort.split('cal'); cal = known(model, cal) if getattr(model, 'labels', None) else cal
     ask, found = dict(calibration=lambda: calibration_rows(model, cal, cohort.split('test'), drawn),
                       biology=lambda: biology_rows(model, cohort, drawn, read_sets(gene_sets) if gene_sets else None),
-                      privacy=lambda: privacy_rows(model, cohort) if trained_here(model) else {}, augmentation=lambda: augmentation_rows(model, cohort)), {}
+                      privacy=lambda: privacy_rows(model, cohort) if trained_here(model) else {}, augmentation=lambda: augmentation_rows(model, cohort)), at_places
     for b in blocks:
         try: found |= ask[b]()
         except TooFew as e: warnings.warn(f'The block {b} is left out: {e}', stacklevel=2)

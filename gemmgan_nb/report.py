@@ -420,6 +420,15 @@ def _audit(run):
                       'On the line an interval keeps its promise; below it is too narrow, above it too wide.')
     yield made
 
+# %% ../nbs/25_report.ipynb #c107
+@section('outcome', 'Grade and survival')
+def _outcome(run):
+    asked = 'this run was not asked for it; name rows in outcome.models of a profile of simulated patients, and see that lifelines is installed'
+    yield _sheet(run, 'outcome', asked); yield _sheet(run, 'equivalence', asked); yield _sheet(run, 'subgroups', asked)
+
+@section('spots', 'Spots, section by section')
+def _spots(run): yield _sheet(run, 'spots', 'its cases are no spots, or it was not asked; set evaluation.blocks to [spots]')
+
 # %% ../nbs/25_report.ipynb #c068
 RIVALRY = {'correlation': 'Correlation', 'crps': 'CRPS', 'precision': 'Precision', 'lr_auc': 'LR (AUC)'}
 
@@ -448,6 +457,7 @@ def _rivals(run):
         said = '; '.join(f'{title_of(x.other)} {x.difference:+.3f}' for x in r.itertuples())
         yield picture(fig, f"GeMM-GAN's difference to each other row with its interval. In correlation: {said}.", 'Right of the line GeMM-GAN is better; grey: it may be chance. 95 % over patients and training seeds; hollow: a trained row with one seed, whose scatter is not known.')
     else: yield el('p', 'Not here. No rival was run.', class_='missing')
+    if (Path(run.folder)/'tables'/'gene_groups.html').exists(): yield el('h3', 'Groups of genes'); yield _sheet(run, 'gene_groups')
     lines = [x[2:] for x in run.path('tables/headline.md', 'the tables stage has not run').read_text(errors='replace').splitlines() if x.startswith('- ')]
     yield el('h3', 'In words'); yield el('ul', *[el('li', x) for x in lines]) if lines else el('p', 'There was no plain row to compare with.')
 
@@ -471,7 +481,7 @@ def plot_stages(frame: pd.DataFrame  # of `stages`
     for i, r in enumerate(frame.itertuples()): ax.text((r.start + r.seconds)/60, -i, f' {r.seconds:.0f} s', va='center', fontsize=7)
     ax.set_yticks(y, [s.replace('$', r'\$')[:40] for s in frame.stage], fontsize=8); ax.set(xlabel='minutes', xlim=(0, None)); ax.margins(x=.12); return fig
 
-# %% ../nbs/25_report.ipynb #c107
+# %% ../nbs/25_report.ipynb #02f5add6
 def costs(run: RunFolder   # whose
          ) -> pd.DataFrame: # stage, seconds, peak_gb, bytes, device; the last row is the whole run
     "What each stage took in time and memory, and what its folder holds. Raises Missing."

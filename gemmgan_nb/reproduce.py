@@ -7,7 +7,7 @@ __all__ = ['HEADING', 'PACKAGE', 'MANNERS', 'console', 'NEEDED', 'app', 'Profile
            'stage_cells', 'stage_engine', 'visible_gpus', 'own_gpu', 'run_stage', 'Code', 'stage_code',
            'one_training_a_gpu', 'snakemake_command', 'command_of', 'watch', 'wind_down', 'stoppable', 'at_work',
            'problems_of', 'wrong', 'one_line', 'settings_of', 'read_profile', 'profile_names', 'setting_names',
-           'ending', 'opened', 'reproduce', 'table_of', 'layout_of', 'gap_of', 'plan', 'dial', 'anndata_at',
+           'ending', 'opened', 'reproduce', 'table_of', 'layout_of', 'gap_of', 'plan', 'dial', 'outcome', 'anndata_at',
            'shown_encoding', 'preliminary', 'evaluate', 'generate', 'said_of', 'report', 'stage', 'Finding', 'finding',
            'Needs', 'needs_of', 'ways_of', 'cases_of', 'genes_of', 'disk_of', 'memory_of', 'existing', 'bytes_in',
            'check_disk', 'check_memory', 'check_writable', 'Gpus', 'gpus_here', 'check_gpu', 'check_python',
@@ -442,6 +442,7 @@ def gap_of(values: dict  # a profile
         from gemmgan_nb.data import list_slides
         try: told, _ = layout_of(cohort, strict=True); list_slides(Path(cohort['folder']), told.get('slides', ''), told.get('features', ''))
         except (OSError, ValueError, KeyError) as e: return str(e.args[0] if isinstance(e, KeyError) else e)
+    if (groups := values.get('gene_groups')) and not (root/groups).is_file(): return f'There is no file of gene groups {groups}. Give a CSV with one column a group, or a GMT; a path is taken from {root.name}/, or is absolute: --set gene_groups=FILE'
     other = cohort.get('features_of')
     if other and not (root/'runs'/other/'cohort'/'tokens.safetensors').exists(): return f'{values["run"]} takes its slides and texts from runs/{other}, which is not there. First: make reproduce PROFILE={other}'
     return ''
@@ -478,6 +479,25 @@ def dial(set_: Settings = ()):  # settings of profile dial, each name=value
     (out/'README.md').write_text('Made by `make reproduce PROFILE=study` and then `gemmgan dial`.\n')
     console.print(f'Score against true signal: {out}/dial.png')
 
+# %% ../nbs/26_reproduce.ipynb #b67c7336
+@app.command(epilog=ending('0 done; 1 the stage failed; 2 wrong use', 'gemmgan outcome --folder FOLDER --records samples.tsv.gz'))
+def outcome(folder: Annotated[Path, typer.Option(help='PORPOISE tables of GBMLGG, KIRC and BRCA, and signatures.csv.')],           # folder
+            records: Annotated[Path | None, typer.Option(help='Samples of cognoma: grade and race by patient.')] = None,          # file
+            regions: Annotated[Path | None, typer.Option(help='Regions of images, with index.csv.')] = None):                     # folder
+    "Grade and survival of real patients, from their expression; tables without patients in figures/outcome."
+    root = project_root(); run, out = root/'runs'/'outcome', root/'figures'/'outcome'
+    given = dict(folder=folder, records=records, regions=regions)
+    for name, p in dict(folder=folder/'signatures.csv', records=records, regions=regions and regions/'index.csv').items():
+        if p and not p.exists(): wrong(f'There is no {p}. Name what holds it: --{name}')
+    from papermill.exceptions import PapermillExecutionError
+    from gemmgan_nb.tables import adopt
+    with stoppable('Nothing was written to figures.'):
+        try: run_stage(root/'nbs'/'20_pathgen.ipynb', run/'executed.ipynb', {k: str(p.absolute()) for k, p in given.items() if p} | dict(out=str(run/'tables')), 'real patients')
+        except PapermillExecutionError as e: wrong(f'{e.ename}: {e.evalue} The whole story: {run}/executed.ipynb', 1)
+    out.mkdir(parents=True, exist_ok=True); names = adopt(run/'tables', out)
+    (out/'README.md').write_text('Made by `gemmgan outcome --folder <folder>' + ''.join(f' --{k} <{"file" if k == "records" else "folder"}>' for k in ('records', 'regions') if given[k]) + '`: PORPOISE tables, grades and race of cognoma, regions of MoNuSeg. Aggregates only.\n')
+    console.print(f'{len(names)} files: {out}', soft_wrap=True)
+
 # %% ../nbs/26_reproduce.ipynb #c055
 def anndata_at(path: Path  # a file of profiles
               ) -> None:
@@ -489,7 +509,7 @@ def anndata_at(path: Path  # a file of profiles
         with h5py.File(path) as f: lacks = [k for k in ('X', 'obs', 'var') if k not in f]
     if lacks: raise ValueError(f'{path} is no AnnData file: it {"is no HDF5" if lacks == ["HDF5"] else "has no " + lacks[0]}. Write it with anndata, as `gemmgan generate` does.')
 
-# %% ../nbs/26_reproduce.ipynb #c142
+# %% ../nbs/26_reproduce.ipynb #2bd3714f
 notes = Console(stderr=True, highlight=False)
 
 @contextmanager

@@ -10,11 +10,10 @@ import torch
 
 from gemmgan_nb import pathgen as P
 from gemmgan_nb.data import Cohort, LeakError, pack, write_cohort
-from gemmgan_nb.encoders import encode_images, load_image_encoder
+from gemmgan_nb.encoders import load_image_encoder
 from gemmgan_nb.simulation import draw_cases
-from gemmgan_nb.tiling import read_slides, tile_cohort
 from gemmgan_nb.training import Batch, Budget, ModelSpec
-from gemmgan_nb.workspace import Problems, read_json, rng, torch_rng
+from gemmgan_nb.workspace import read_json, rng, torch_rng
 
 pytest.importorskip('lifelines', reason='the survival extra is not installed')
 REAL = Path(__file__).parents[1]/'..'/'shared'/'data'/'pathgen_porpoise'
@@ -193,10 +192,7 @@ def test_expression_to_survival_on_real_patients(name, patients, least):
     c = P.c_index(p.months, p.event, said.risk); assert .4 < c < 1 and (least is None or c > least)     # BRCA: an interval that holds 0.5
 
 
-def codes_of(genes):
-    codes = np.zeros(genes.shape[1], int)
-    for i, at in enumerate(P.groups_of(REAL/'signatures.csv', list(genes.columns)).values()): codes[at] = i
-    return np.unique(codes, return_inverse=True)[1].tolist()
+def codes_of(genes): return P.list_codes(REAL/'signatures.csv', list(genes.columns))
 
 
 @recorded
@@ -243,16 +239,7 @@ def test_grade_tables(capsys):
         assert groups.loc['sex'].n.sum() == len(mine)
 
 
-def pictured_patients(folder, encoder):
-    "The patients of three cohorts who have a region of an image: expression, tiles at 0.5 microns per pixel, features, outcomes. Regions are cut by hand, three of them at 20x."
-    tables = [porpoise(k) for k in ('gbmlgg', 'kirc', 'brca')]; genes, truth = pd.concat([g for g, _ in tables], join='inner'), pd.concat([t for _, t in tables])
-    project = pd.Series(np.repeat(['GBMLGG', 'KIRC', 'BRCA'], [len(t) for _, t in tables]), truth.index)
-    region = pd.read_csv(REGIONS/'index.csv').drop_duplicates('patient_id').set_index('patient_id'); who = [c for c in genes.index if c in region.index]; at = region.loc[who]
-    names = [Path(f).stem for f in at.file]; obs = pd.DataFrame(dict(group=who, project=project[who], disease_type=project[who], primary_site='', slide=names, split='train'), index=who)
-    write_cohort(folder/'cohort', genes.loc[who].to_numpy(), obs, pd.DataFrame(dict(symbol=list(genes.columns)), index=list(genes.columns)), 'zscore', ['image'], pd.DataFrame(dict(slide=names, path=[REGIONS/f for f in at.file], mpp=10/at.magnification.to_numpy())))
-    tile_cohort(read_slides(folder/'cohort'/'slides.csv'), folder/'tiles', mpp=.5, workers=1)
-    encode_images(folder/'cohort', folder/'tiles', folder/'cohort'/'slides.csv', folder/'features', encoder, Problems(), workers=1)
-    return Cohort.load(folder/'cohort'), truth
+def pictured_patients(folder, encoder): return P.pictured_patients({k.upper(): porpoise(k) for k in ('gbmlgg', 'kirc', 'brca')}, REGIONS, folder, encoder)
 
 
 @pictured
@@ -296,3 +283,13 @@ def test_ages_are_cut_into_bands_and_gaps_have_one_of_their_own():
 def test_a_conformal_limit_counts_patients():
     score = np.repeat(np.arange(5.), 10)
     assert np.isinf(P.conformal_limit(score, .1, np.repeat(list('abcde'), 10))) and P.conformal_limit(score, .1) == 4
+
+
+def test_a_row_uses_the_groups_of_a_file_and_its_weights_live_without_it(tmp_path):
+    train, val, test = sides(); (tmp_path/'g.csv').write_text('A,B\nG1,G2\nG3,G99\n'); m = make(groups=str(tmp_path/'g.csv')); m.fit(train, val, 0)
+    assert [m.sizes['groups'][i] for i in (1, 3, 2, 0)] == [0, 0, 1, 2] and P.group_report(tmp_path/'g.csv', train.var.symbol.tolist()).loc['B', ['listed', 'found', 'such_as']].tolist() == [2, 1, 'G99']
+    before = m.sample(test, 2, 0); m.save(tmp_path/'fit'); (tmp_path/'g.csv').unlink()
+    assert torch.equal(P.PathGen.load(tmp_path/'fit', device='cpu').sample(test, 2, 0), before)
+    with pytest.raises(FileNotFoundError, match='There is no group file'): make(groups=str(tmp_path/'g.csv')).fit(train, val, 0)
+    (tmp_path/'g.csv').write_text('A,B\nG1,G2\nG3,X\n,\n'.replace('G2', 'Y'))
+    with pytest.raises(ValueError, match="of group 'B' is not in the cohort"): make(groups=str(tmp_path/'g.csv')).fit(train, val, 0)
