@@ -19,7 +19,6 @@ __all__ = ['TINY_GENES', 'TINY_BUDGET', 'KINDS', 'MARK', 'FIRST', 'MOST_WORDS', 
 # %% ../nbs/24_generate.ipynb #c002
 import hashlib
 import json
-import os
 import re
 import tempfile
 import warnings
