@@ -73,9 +73,8 @@ ENTRIES = {e['spec']['name']: e for e in [
     entry('training.WGAN', 'cond_wgan', 'Cond. WGAN-GP', labels),
     entry('baselines.CVAE', 'cvae', 'CVAE', labels),
     entry('baselines.CVAE', 'cvae_as_coded', 'CVAE as coded', labels, dict(as_coded=True), preset='as_coded'),
-    *(entry('training.WGAN', name, title, uses, switches, budget, preset='as_coded' if 'as_coded' in name else 'paper')
+    *(entry('training.WGAN', name, title, uses, switches, budget, preset='as_coded' if 'as_coded' in name else 'ours' if 'plus' in name else 'paper')
       for name, (title, uses, switches, budget) in VARIANTS.items()),
-    entry('training.WGAN', 'gemmgan_plus', 'GeMM-GAN plus', both, {}, dict(own=.13, mismatched=.1), preset='ours'),
     entry('training.WGAN', 'unlabelled_text', 'GeMM-GAN, texts without labels', both, texts='without_labels', preset='ours'),
     entry('baselines.GaussianCopula', 'copula', 'Gaussian copula', labels, preset='ours'),
     entry('baselines.TopTiles', 'top_tiles', 'Top tiles (HE2RNA-like)', ('image',), preset='ours', deviations=("GeMM-GAN's features and patches a step, not ResNet-50 and 8,000 tiles", *OTHER)),
