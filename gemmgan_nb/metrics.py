@@ -9,10 +9,12 @@ __all__ = ['PROBES', 'UNKNOWN', 'MARKER_GENES', 'BIOLOGY', 'profiles', 'manhatta
            'detectability_as_coded', 'classifiers', 'utility_views', 'utility', 'augmentation_curve', 'Resamples',
            'out_of_fold', 'detection_panel', 'panel', 'TooFew', 'recorded', 'two_groups', 'contrasts', 'top_genes',
            'row_correlation', 'fold_agreement', 'half_splits', 'fold_change_concordance', 'read_sets', 'set_positions',
-           'coherence', 'activity', 'set_scores', 'word_of', 'marker_calls', 'call_scores', 'calls_compared',
-           'marker_scores', 'Centroids', 'fit_centroids', 'centroid_scores', 'biology_panel', 'biology_table']
+           'coherence', 'activity', 'set_scores', 'ssgsea', 'enrichment_scores', 'word_of', 'marker_calls',
+           'call_scores', 'calls_compared', 'marker_scores', 'Centroids', 'fit_centroids', 'centroid_scores',
+           'biology_panel', 'biology_table']
 
 # %% ../nbs/15_metrics.ipynb #c002
+import importlib.util
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -544,6 +546,28 @@ def set_scores(real: np.ndarray,   # (n, genes) real patients, in log space or z
     found = {f'set_{m}{end}': float(v) for end, r in rows.items() for m, v in zip(('coherence', 'coherence_gap', 'coherence_match'), np.mean(r, 0), strict=True)}
     return found | dict(set_activity=float(row_correlation(activity(real, at), activity(fake, at)).mean()), set_number=len(at))
 
+# %% ../nbs/15_metrics.ipynb #c134
+def ssgsea(x: np.ndarray,     # (n, genes) profiles
+           sets: dict[str, list[str]],  # set -> symbols
+           symbols: list[str],# (genes,)
+           least: int = 5     # genes of a set that must be profiled
+          ) -> np.ndarray:    # (sets, n), the sets of `set_positions`
+    "Single-sample enrichment of each set in each profile, by gseapy. Raises ModuleNotFoundError without it, TooFew as `set_positions`."
+    try: import gseapy
+    except ImportError: raise ModuleNotFoundError('ssGSEA needs gseapy: pip install .[genesets]. Or use `activity`, which needs nothing.') from None
+    at = set_positions(sets, symbols, least); places = [f'g{i}' for i in range(x.shape[1])]     # genes by place: a symbol may stand twice
+    data = pd.DataFrame(np.asarray(x, float).T, pd.Index(places, dtype=object), [f'{i}' for i in range(len(x))])
+    found = gseapy.ssgsea(data, {k: [places[i] for i in p] for k, p in at.items()}, min_size=least, max_size=x.shape[1], threads=1, outdir=None, no_plot=True).res2d
+    return found.astype(dict(ES=float)).pivot(index='Term', columns='Name', values='ES').loc[list(at), list(data.columns)].to_numpy()
+
+def enrichment_scores(real: np.ndarray, fake: np.ndarray,       # (n, genes) each, of the same patients
+                      sets: dict, symbols: list[str],           # as in `set_scores`
+                      least: int = 5, seed: int = 0             # genes of a set that must be profiled; not used, all panels are called alike
+                     ) -> dict:                                 # set_ssgsea
+    "Does a set's ssGSEA score follow the patient? Raises as `ssgsea`."
+    real, fake = profiles(real=real, generated=fake)
+    return dict(set_ssgsea=float(row_correlation(ssgsea(real, sets, symbols, least), ssgsea(fake, sets, symbols, least)).mean()))
+
 # %% ../nbs/15_metrics.ipynb #c104
 MARKER_GENES = {   # kind of label -> word in the label -> genes that stand out in such patients
     'sex': dict(female=('XIST',), male=('RPS4Y1', 'DDX3Y', 'KDM5D', 'UTY', 'EIF1AY', 'USP9Y', 'ZFY')),
@@ -665,7 +689,8 @@ BIOLOGY = {   # metric, without the kind of label before it -> (heading, which w
     'set_coherence': ('Gene sets, coherence', 'to ceiling', 'mean correlation between genes of a set; above its ceiling: exaggerated'),
     'set_coherence_gap': ('Gene sets, gap', 'down', 'mean difference between generated and real coherence of a set; the ceiling, real halves, is the least possible'),
     'set_coherence_match': ('Gene sets, which', 'up', 'correlation over sets between generated and real coherence: are the tight sets tight?'),
-    'set_activity': ('Gene sets, patient', 'up', "correlation over patients between a set's activity in the generated and the real profile; 0: knows nothing of the patient")}
+    'set_activity': ('Gene sets, patient', 'up', "correlation over patients between a set's activity in the generated and the real profile; 0: knows nothing of the patient"),
+    'set_ssgsea': ('Gene sets, patient, by ssGSEA', 'up', 'the same with the enrichment scores of gseapy, where it is installed')}
 
 def biology_panel(fake: np.ndarray,     # (n, genes) generated for the test patients, z-scored
                   real: np.ndarray,     # (n, genes) the test patients, in the same z-scores, one row a patient
@@ -686,6 +711,7 @@ def biology_panel(fake: np.ndarray,     # (n, genes) generated for the test pati
         if kind in MARKER_GENES: ask(f'{kind}_', marker_scores, fake, real, of, symbols, MARKER_GENES[kind])
         if train_real is not None and kind in (train_labels or {}): ask(f'{kind}_', centroid_scores, fake, real, of, train_real, train_labels[kind])
     if sets: ask('', set_scores, real, fake, sets, symbols)
+    if sets and importlib.util.find_spec('gseapy'): ask('', enrichment_scores, real, fake, sets, symbols)
     return found
 
 # %% ../nbs/15_metrics.ipynb #c120

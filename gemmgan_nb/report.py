@@ -521,7 +521,7 @@ MADE_BY = {  # how a metric's name begins -> the function that computes it; the 
     'correlation': condition.gene_correlation, 'correlation_attainable': condition.attainable_correlation, 'crps': condition.crps_cases, 'energy': condition.energy_score, 'spread_ratio': condition.spread_ratio, 'retrieval': condition.retrieval, 'r2': condition.r2_over_mean,
     'genes_fdr': condition.genes_beyond, 'coverage_': condition.coverage_panel, 'conformal': condition.conformal_interval, 'pit': condition.pit_error, 'pit_error_floor': condition.pit_floor,
     **{f'{kind}_{part}': f for kind in ('disease_type', 'primary_site', 'sex') for part, f in (('fold', metrics.fold_change_concordance), ('marker', metrics.marker_scores), ('centroid', metrics.centroid_scores))},
-    'set_': metrics.set_scores, 'augmented': metrics.augmentation_curve, 'nndr': privacy.closest_records, 'dcr': privacy.closest_records, 'mia': privacy.attack_scores, 'mia_distance': privacy.distance_attack, 'mia_density': privacy.density_attack, 'attribute': privacy.attribute_inference}
+    'set_': metrics.set_scores, 'set_ssgsea': metrics.enrichment_scores, 'augmented': metrics.augmentation_curve, 'nndr': privacy.closest_records, 'dcr': privacy.closest_records, 'mia': privacy.attack_scores, 'mia_distance': privacy.distance_attack, 'mia_density': privacy.density_attack, 'attribute': privacy.attribute_inference}
 
 def origin(metric: str):  # key of a metric
     "The function that computes it."

@@ -8,8 +8,8 @@ __all__ = ['PANEL', 'PANEL2', 'COLUMNS', 'ROWS', 'CONDITION', 'AUDIT', 'MEANING'
            'fixed', 'plausible', 'interval', 'loss', 'best', 'differences', 'Sheet', 'unworded', 'cell', 'cells',
            'sheet', 'table', 'latex', 'webpage', 'markdown', 'shades', 'turned', 'draw', 'bounds', 'joined', 'headline',
            'simple', 'verdict_lines', 'abs_span', 'cohort_name', 'reasons', 'folded', 'smallest', 'power_lines',
-           'legend', 'plot_condition', 'calibrations', 'write_calibration', 'write_sheet', 'write_tables', 'gather',
-           'plot_dial']
+           'legend', 'plot_condition', 'calibrations', 'write_calibration', 'biologies', 'write_biology', 'write_sheet',
+           'write_tables', 'gather', 'plot_dial']
 
 # %% ../nbs/23_tables.ipynb #c002
 import html
@@ -27,6 +27,7 @@ from scipy import stats
 from .condition import LEVELS, bootstrap_correlation, bootstrap_weights, calibration_table
 from .data import Cohort
 from .experiment import ENTRIES, drawn_whole, trained
+from .metrics import biology_table
 from .paper import CLAIMS, judge, write_claims
 from .workspace import PALETTE, atomic, figure, progress, rng
 
@@ -64,7 +65,7 @@ AUDIT = {  # biology (15), uncertainty (16) and privacy (17): key -> (heading, d
     'disease_type_fold_correlation': ('Fold changes between tumour types', '↑', 'Biology'), 'disease_type_fold_correlation_ceiling': ('... between halves of real patients', '', 'Biology'),
     'sex_marker_accuracy': ("Sex by marker genes (accuracy)", '↑', 'Biology'), 'sex_marker_accuracy_ceiling': ('... of real profiles', '', 'Biology'),
     'primary_site_marker_balanced': ('Site by marker genes (balanced)', '↑', 'Biology'), 'primary_site_marker_balanced_ceiling': ('... of real profiles', '', 'Biology'),
-    'set_coherence_match': ('Genes of a set move together as in real patients', '↑', 'Biology'), 'set_coherence_match_ceiling': ('... between halves of real patients', '', 'Biology'), 'set_activity': ("A set's activity, patient by patient", '↑', 'Biology'),
+    'set_coherence_match': ('Genes of a set move together as in real patients', '↑', 'Biology'), 'set_coherence_match_ceiling': ('... between halves of real patients', '', 'Biology'), 'set_activity': ("A set's activity, patient by patient", '↑', 'Biology'), 'set_ssgsea': ('... by ssGSEA', '↑', 'Biology'),
     'disease_type_centroid_balanced': ('Type by centroids of real training patients (balanced)', '↑', 'Biology'), 'disease_type_centroid_balanced_ceiling': ('... of real profiles', '', 'Biology'),
     **{f'coverage_{k}': (f'Share of truth inside {k} % intervals', f'→ 0.{k}', 'Uncertainty') for k in (50, 80, 95)},
     'conformal_90': ('... inside 90 % after split conformal', '→ 0.90', 'Uncertainty'), 'conformal_90_worst_type': ('... in the worst tumour type', '→ 0.90', 'Uncertainty'),
@@ -82,6 +83,7 @@ MEANING = {  # of AUDIT: key -> a short phrase
     'sex_marker_accuracy': "share of profiles whose XIST and Y genes tell the patient's sex; half is chance", 'sex_marker_accuracy_ceiling': _real,
     'primary_site_marker_balanced': "share of profiles whose marker genes tell the patient's organ, organs counting alike", 'primary_site_marker_balanced_ceiling': _real,
     'set_coherence_match': 'are tight gene sets tight and loose ones loose? 1: as in real patients', 'set_coherence_match_ceiling': _half, 'set_activity': "does a set rise in the patients in whom it does? 0: knows nothing of the patient",
+    'set_ssgsea': 'the same by ranks within each profile (gseapy)',
     'disease_type_centroid_balanced': "share of profiles that centroids of real patients call the patient's tumour type, types counting alike", 'disease_type_centroid_balanced_ceiling': _real,
     **{f'coverage_{k}': f'less than {k} %: too sure; more: vaguer than need be' for k in (50, 80, 95)},
     'conformal_90': 'the promise after calibration on held-out patients; less than 90 %: broken', 'conformal_90_worst_type': 'an average can hide a type for which the promise is broken',
@@ -600,6 +602,26 @@ def write_calibration(frame: pd.DataFrame,  # of `calibrations`
                      '- [low, high]: 95 % over test patients, mean of the seeds; types of fewer than five patients have none.\n- Conformal: after split conformal on calibration patients.\n'
                      f'- PIT: distance of the ranks of the truth from flat; 0 is best, and {one["all", "PIT"]:.3f} is what so many patients leave to a calibrated generator.\n- Genes scatter by chance alone: in a calibrated generator nine of ten would lie in {genes}.\n')
 
+# %% ../nbs/23_tables.ipynb #c116
+def biologies(scores: pd.DataFrame  # model, seed, run, metric, value
+             ) -> pd.DataFrame:     # model, metric, value, low, high (95 % over test patients, mean of the seeds), floor, ceiling, better, meaning
+    "Every row's biology, as `biology_table` has it; empty where it was not asked."
+    means = scores.groupby(['model', 'metric']).value.mean()
+    found = {m: biology_table({k: v for k, v in means[m].items() if k.startswith(('disease_type_', 'primary_site_', 'sex_', 'set_'))}) for m in ordered(scores.model.unique(), COLUMNS)}
+    parts = [t.rename_axis('metric').reset_index().assign(model=m) for m, t in found.items() if len(t)]
+    return pd.concat(parts)[['model', 'metric', 'value', 'low', 'high', 'floor', 'ceiling', 'better', 'meaning']] if parts else pd.DataFrame()
+
+def write_biology(frame: pd.DataFrame,  # of `biologies`
+                  out: Path             # folder of the tables
+                 ) -> None:
+    "biology.csv, and biology.md for reading."
+    with atomic(out/'biology.csv') as p: frame.to_csv(p, index=False, float_format='%.6f')
+    say = lambda x: '-' if pd.isna(x) else f'{x:.3f}' if isinstance(x, float) else str(x)
+    shown = frame.assign(model=frame.model.map(title_of)).map(say); meaning = frame.drop_duplicates('metric').set_index('metric')
+    with atomic(out/'biology.md') as p:
+        p.write_text(shown.drop(columns='meaning').to_markdown(index=False, disable_numparse=True) + '\n\n- [low, high]: 95 % over test patients, mean of the seeds. Floor: what can be had without knowing the patient. Ceiling: real profiles of the same patients, or halves of them.\n'
+                     + '\n'.join(f'- {k}: {v}.' for k, v in meaning.meaning.items()) + '\n')
+
 # %% ../nbs/23_tables.ipynb #c092
 def write_sheet(s: Sheet, out: Path) -> None:  # a table, its folder
     "The five files of a table."
@@ -621,7 +643,7 @@ def write_tables(out: str | Path,         # folder of the tables
                  shuffles: int = 5,       # exchanges of patients that an exchanged view is the mean of
                  folds: dict | None = None  # k, repeats of a cross-validation, whose repeats the seeds then are; None or empty: a split
                 ) -> dict:                # sheets, headline, lines
-    "table1, table2, condition, audit, calibration, headline, verdicts, claims, differences and all spreads. Patients with several cases are drawn whole where there are at least ten."
+    "table1, table2, condition, audit, biology, calibration, headline, verdicts, claims, differences and all spreads. Patients with several cases are drawn whole where there are at least ten."
     out, name, test = Path(out), cohort_name(cohort), cohort if folds else cohort.split('test')
     groups = drawn_whole(test); whole = groups is not None
     resampling = ('test patients' if whole else f'single test cases (of {test.obs.group.nunique()} patients, too few to draw: it says nothing of other patients)') if patients else ''
@@ -632,6 +654,7 @@ def write_tables(out: str | Path,         # folder of the tables
     sheets = {k: sheet(scores, draws, k, paper, over_patients(patients or {}), [n for n in notes if k in (1, 2) or not n.startswith('Columns "')])
               for k in (1, 2, 'condition', *['audit']*bool({*scores.metric} & {*AUDIT}))}
     for s in sheets.values(): write_sheet(s, out)
+    if len(kept := biologies(scores)): write_biology(kept, out)
     if len(opened := calibrations(patients or {}, scores, test)): write_calibration(opened, out)
     return dict(sheets=sheets, lines=lines, headline=_decide(out, scores, draws, name, paper, [*power, *lines]))
 
