@@ -606,7 +606,7 @@ def write_calibration(frame: pd.DataFrame,  # of `calibrations`
 def biologies(scores: pd.DataFrame  # model, seed, run, metric, value
              ) -> pd.DataFrame:     # model, metric, value, low, high (95 % over test patients, mean of the seeds), floor, ceiling, better, meaning
     "Every row's biology, as `biology_table` has it; empty where it was not asked."
-    means = scores.groupby(['model', 'metric']).value.mean()
+    means = scores.groupby(['model', 'metric'], sort=False).value.mean()
     found = {m: biology_table({k: v for k, v in means[m].items() if k.startswith(('disease_type_', 'primary_site_', 'sex_', 'set_'))}) for m in ordered(scores.model.unique(), COLUMNS)}
     parts = [t.rename_axis('metric').reset_index().assign(model=m) for m, t in found.items() if len(t)]
     return pd.concat(parts)[['model', 'metric', 'value', 'low', 'high', 'floor', 'ceiling', 'better', 'meaning']] if parts else pd.DataFrame()

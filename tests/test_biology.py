@@ -218,3 +218,13 @@ def test_ssgsea_follows_the_patient_as_activity_does():
     kept, other = (M.enrichment_scores(real, x, SETS, SYMBOLS)['set_ssgsea'] for x in (near, near[rng(0, 'other').permutation(len(near))])); assert kept > .7 and abs(other) < .2
     doubled = [*SYMBOLS[:-1], SYMBOLS[0]]; assert np.isfinite(M.ssgsea(real, SETS, doubled)).all()      # a symbol that stands twice
     assert M.biology_panel(near, real, {}, SYMBOLS, SETS)['set_ssgsea'] == pytest.approx(kept)
+
+
+def test_the_biology_of_every_row_has_a_table(tmp_path):
+    from gemmgan_nb.tables import biologies, write_biology
+    real, fake, train = patients('test'), patients('made'), patients('train')
+    full = M.biology_panel(fake, real, LABELS, SYMBOLS, SETS, train, LABELS); rows = pd.DataFrame([(m, s, 0, k, v) for m in ('gemmgan', 'ridge') for s in (0, 1) for k, v in (full | dict(correlation=.1)).items()], columns=['model', 'seed', 'run', 'metric', 'value'])
+    table = biologies(rows); at = table.set_index(['model', 'metric']).loc['ridge']
+    assert list(at.index) == list(M.biology_table(full).index) and at.loc['disease_type_centroid_same', ['value', 'low', 'high', 'floor']].tolist() == pytest.approx([full[f'disease_type_centroid_same{e}'] for e in ('', '_low', '_high', '_floor')])
+    assert at.ceiling['disease_type_centroid_balanced'] == full['disease_type_centroid_balanced_ceiling'] and not len(biologies(rows[rows.metric == 'correlation']))
+    write_biology(table, tmp_path); assert len(pd.read_csv(tmp_path/'biology.csv')) == len(table) and 'Subtype' not in (text := (tmp_path/'biology.md').read_text()) and text.count('disease_type_centroid_same') == 3
