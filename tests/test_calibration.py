@@ -195,7 +195,7 @@ class Whole(Row):
 def test_types_and_genes_reach_the_tables_with_the_panels_numbers(cohort, tmp_path):
     from gemmgan_nb.experiment import evaluate
     from gemmgan_nb.tables import calibrations, write_calibration
-    frame, patients = evaluate(Whole(cohort), cohort, generations=1, samples=16, shuffles=1, blocks=('calibration',)); by = frame.set_index('metric').value
+    frame, patients = evaluate(Whole(cohort), cohort, generations=1, samples=16, shuffles=1, blocks=('calibration',), bounds={}); by = frame.set_index('metric').value
     assert {k: tuple(v.shape) for k, v in patients.items() if k.startswith('calibrated')} == {'calibrated.cases': (40, 4), 'calibrated.genes': (12, 5), 'calibrated.pit': (3,)}
     stored = {f'gemmgan/{s}/{k}': v.numpy() for s in (0, 1) for k, v in patients.items()} | dict(real=np.zeros((40, 12)))
     opened = calibrations(stored, frame, cohort.split('test')); at = opened.set_index(['group', 'level'])
