@@ -8,5 +8,5 @@ own = config["DEFAULT"]
 setup(
     version=own["version"],
     install_requires=own["requirements"].split(),
-    extras_require={extra: own[f"{extra}_requirements"].split() for extra in ("dev", "docs", "llama", "parquet", "survival", "tensorboard")},
+    extras_require={extra: own[f"{extra}_requirements"].split() for extra in ("dev", "docs", "genesets", "llama", "parquet", "survival", "tensorboard")},
 )

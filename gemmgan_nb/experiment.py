@@ -74,9 +74,8 @@ ENTRIES = {e['spec']['name']: e for e in [
     entry('training.WGAN', 'cond_wgan', 'Cond. WGAN-GP', labels),
     entry('baselines.CVAE', 'cvae', 'CVAE', labels),
     entry('baselines.CVAE', 'cvae_as_coded', 'CVAE as coded', labels, dict(as_coded=True), preset='as_coded'),
-    *(entry('training.WGAN', name, title, uses, switches, budget, preset='as_coded' if 'as_coded' in name else 'paper')
+    *(entry('training.WGAN', name, title, uses, switches, budget, preset='as_coded' if 'as_coded' in name else 'ours' if 'plus' in name else 'paper')
       for name, (title, uses, switches, budget) in VARIANTS.items()),
-    entry('training.WGAN', 'gemmgan_plus', 'GeMM-GAN plus', both, {}, dict(own=.13, mismatched=.1), preset='ours'),
     entry('training.WGAN', 'unlabelled_text', 'GeMM-GAN, texts without labels', both, texts='without_labels', preset='ours'),
     entry('baselines.GaussianCopula', 'copula', 'Gaussian copula', labels, preset='ours'),
     entry('baselines.TopTiles', 'top_tiles', 'Top tiles (HE2RNA-like)', ('image',), preset='ours', deviations=("GeMM-GAN's features and patches a step, not ResNet-50 and 8,000 tiles", *OTHER)),
@@ -326,7 +325,8 @@ def load_row(entry: dict, folder: str | Path):  # a registry entry, its checkpoi
 def realism(model, cohort: Cohort,   # a fitted row, the whole cohort
             run: int,                # the generation run
             as_coded: bool = True,   # with the authors' probes
-            again: Resamples | None = None  # takes the scores under resampled test cases
+            again: Resamples | None = None, # takes the scores under resampled test cases
+            detector_folds: int = 1  # of detectors cross-validated on the test cases besides; 1: none
            ) -> dict:                # metric -> value
     "The paper's panel for one generation run."
     if isinstance(model, Folded): return realism_of_folds(model, cohort, run)
@@ -334,12 +334,14 @@ def realism(model, cohort: Cohort,   # a fitted row, the whole cohort
     real, fake = ({k: f(c) for k, c in sides.items()} for f in (lambda c: model.scaler.transform(c.X), lambda c: model.sample(c, 1, run)[0].numpy()))
     labelled = 'labels' in cohort.modalities and (model.spec.uses or model.spec.preset == 'ceiling')
     kinds = {what: {k: c.obs[what].to_numpy(str) for k, c in sides.items()} for what in ('disease_type', 'primary_site')} if labelled else None
-    found = panel(real, fake, kinds, run, as_coded, again)
-    if model.spec.name != 'real': return found
+    ceiling = model.spec.name == 'real'
+    found = panel(real, fake, kinds, run, as_coded, again, 1 if ceiling else detector_folds, drawn_whole(sides['test']))
+    if not ceiling: return found
     if again is not None: again.scores = {k: x for k, x in again.scores.items() if not k.startswith(('lr_', 'mlp_'))}
     cut = real_halves(cohort, run)   # a training case's real profile is its own, which no detector could tell; so other patients stand in
     size = {side: min(len(cut[f'{role}_{side}']) for role in ('real', 'fake')) for side in sides}
-    return found | detection_panel(*({side: cut[f'{role}_{side}'][:n] for side, n in size.items()} for role in ('real', 'fake')), run, as_coded)
+    folds = detector_folds if sides['test'].obs.group.is_unique else 1       # of a patient with several cases all are in one half, which a detector would learn
+    return found | detection_panel(*({side: cut[f'{role}_{side}'][:n] for side, n in size.items()} for role in ('real', 'fake')), run, as_coded, folds=folds)
 
 # %% ../nbs/22_experiment.ipynb #c033
 def realism_of_folds(model,           # a `Folded`
@@ -446,7 +448,8 @@ def more_rows(model,           # a fitted row
               cohort: Cohort,  # whole
               blocks: tuple,   # of BLOCKS
               drawn: Tensor,   # (n, cases, genes) drawn by seed 0 for the test cases
-              gene_sets: str = ''  # a GMT file, for biology; '' none
+              gene_sets: str = '', # a GMT file, for biology; '' none
+              behind: dict | None = None  # takes what `calibration_table` needs
              ) -> dict:        # metric -> value
     "Scores of further blocks; one that has too few patients is left out, with a warning. Raises ValueError for a block that does not exist."
     if unknown := [b for b in blocks if b not in BLOCKS]: raise ValueError(f'There is no block {", ".join(unknown)}. Choose of: {", ".join(BLOCKS)}.')
@@ -454,7 +457,7 @@ def more_rows(model,           # a fitted row
     at_places = spot_rows(model, cohort, drawn) if 'spots' in blocks else {}; blocks = [b for b in blocks if b != 'spots']
     if not model.spec.generative or not blocks: return at_places
     cal = cohort.split('cal'); cal = known(model, cal) if getattr(model, 'labels', None) else cal
-    ask, found = dict(calibration=lambda: calibration_rows(model, cal, cohort.split('test'), drawn),
+    ask, found = dict(calibration=lambda: calibration_rows(model, cal, cohort.split('test'), drawn, behind=behind),
                       biology=lambda: biology_rows(model, cohort, drawn, read_sets(gene_sets) if gene_sets else None),
                       privacy=lambda: privacy_rows(model, cohort) if trained_here(model) else {}, augmentation=lambda: augmentation_rows(model, cohort)), at_places
     for b in blocks:
@@ -481,29 +484,31 @@ def evaluate(model, cohort: Cohort,   # a fitted row, the whole cohort
              shuffles: int = 5,       # exchanges of patients that are averaged
              blocks: tuple = (),      # what is asked besides, of BLOCKS
              gene_sets: str = '',     # a GMT file, for biology; '' none
+             detector_folds: int = 1, # of detectors cross-validated on the test cases besides, in the first generation run; 1: none
              bounds: dict | None = None  # of `bounds_of`; None: noise and real patients are scored here; {}: left empty, since the tables will know
-            ) -> tuple[pd.DataFrame, dict]:  # model, seed, run, split, metric, value, floor, ceiling; patients as in `condition_rows`, and 'again.<metric>' (RESAMPLES,) deviations
+            ) -> tuple[pd.DataFrame, dict]:  # model, seed, run, split, metric, value, floor, ceiling; patients as in `condition_rows`, what `calibration_table` needs, and 'again.<metric>' (RESAMPLES,) deviations
     "Every metric of one fitted row. Raises LeakError when it has seen a test case."
     refuse_seen(model.about, cohort.split('test'), bool(cohort.uns.get('within_patient', False)))
     again = None if isinstance(model, Folded) else Resamples(bootstrap_weights(len(test := cohort.split('test')), RESAMPLES, 0, drawn_whole(test)).numpy())
-    runs = [realism(model, cohort, run, run == 0, again if run == 0 else None) for run in progress(range(generations if model.spec.generative else 1), 'generation run')]
+    runs = [realism(model, cohort, run, run == 0, again if run == 0 else None, detector_folds if run == 0 else 1) for run in progress(range(generations if model.spec.generative else 1), 'generation run')]
     drawn = model.sample(cohort.split('test'), samples, 0)
     scores, patients = condition_rows(model, cohort, 0, samples, shuffles, drawn)
-    scores |= more_rows(model, cohort, blocks, drawn, gene_sets)
+    scores |= more_rows(model, cohort, blocks, drawn, gene_sets, patients)
     rows = [(run, k, v) for run, found in enumerate(runs) for k, v in found.items()] + [(0, k, v) for k, v in scores.items()]
-    if bounds is None: bounds = {} if isinstance(model, Folded) else bounds_of(cohort, samples)
+    if bounds is None: bounds = {} if isinstance(model, Folded) else bounds_of(cohort, samples, detector_folds)
     floor, ceiling = (bounds.get(side, {}) for side in ('floor', 'ceiling'))
     frame = pd.DataFrame([(model.spec.name, seed, run, 'test', k, float(v), floor.get(k, np.nan), ceiling.get(k, np.nan)) for run, k, v in rows], columns=TIDY)
     return frame, patients | ({} if again is None else {f'again.{k}': torch.from_numpy(x - np.nanmean(x)).float() for k, x in again.scores.items()})
 
 def bounds_of(cohort: Cohort,  # whole
-              n: int           # profiles a case
+              n: int,          # profiles a case
+              detector_folds: int = 1  # as in `evaluate`
              ) -> dict:        # 'floor', 'ceiling' -> metric -> value
     "What noise and real patients score. Real profiles of other patients bound realism; of the patient they know nothing."
     found = {}
     for side, name in (('floor', 'noise'), ('ceiling', 'real')):
         model = construct(ENTRIES[name], {}); model.fit(cohort.split('train'), cohort.split('val'), 0)
-        found[side] = evaluate(model, cohort, generations=1, samples=max(2, n), shuffles=1, bounds={})[0].groupby('metric').value.mean().to_dict()
+        found[side] = evaluate(model, cohort, generations=1, samples=max(2, n), shuffles=1, detector_folds=detector_folds, bounds={})[0].groupby('metric').value.mean().to_dict()
     asks = ('correlation', 'genes', 'r2', 'crps', 'energy', 'spread', 'retrieval')
     return found | dict(ceiling={k: v for k, v in found['ceiling'].items() if k.split('_')[0] not in asks})
 
@@ -512,7 +517,7 @@ def evaluate_job(entries: list[dict],    # rows of this job
                  fits: str | Path,       # folder of the fit job
                  out: str | Path,        # where metrics.csv and cases.safetensors go
                  generations: int | list = 10,  # generation runs (paper: 10); a list of two: of the first seed, and of each further one
-                 **how                   # samples, shuffles, blocks, gene_sets of `evaluate`
+                 **how                   # samples, shuffles, blocks, gene_sets, detector_folds of `evaluate`
                 ) -> pd.DataFrame:       # model, seed, run, split, metric, value; floors and ceilings are rows of other jobs, which the tables join
     "Every metric of every seed of every row of a job. Raises LeakError when a checkpoint has seen a test case."
     frames, cases = [], {}

@@ -7,12 +7,14 @@ __all__ = ['PROBES', 'UNKNOWN', 'MARKER_GENES', 'BIOLOGY', 'profiles', 'manhatta
            'unit_columns', 'varying', 'correlation_mse', 'in_span', 'standardised', 'unit_scale', 'lr_probe',
            'mlp_probe', 'detection_again', 'detection_scores', 'detector_view', 'detectability', 'coded_probe',
            'detectability_as_coded', 'classifiers', 'utility_views', 'utility', 'augmentation_curve', 'Resamples',
-           'detection_panel', 'panel', 'TooFew', 'recorded', 'two_groups', 'contrasts', 'top_genes', 'row_correlation',
-           'fold_agreement', 'half_splits', 'fold_change_concordance', 'read_sets', 'set_positions', 'coherence',
-           'activity', 'set_scores', 'word_of', 'marker_calls', 'call_scores', 'calls_compared', 'marker_scores',
-           'Centroids', 'fit_centroids', 'centroid_scores', 'biology_panel', 'biology_table']
+           'out_of_fold', 'detection_panel', 'panel', 'TooFew', 'recorded', 'two_groups', 'contrasts', 'top_genes',
+           'row_correlation', 'fold_agreement', 'half_splits', 'fold_change_concordance', 'read_sets', 'set_positions',
+           'coherence', 'activity', 'set_scores', 'ssgsea', 'enrichment_scores', 'word_of', 'marker_calls',
+           'call_scores', 'calls_compared', 'marker_scores', 'Centroids', 'fit_centroids', 'centroid_scores',
+           'biology_panel', 'biology_table']
 
 # %% ../nbs/15_metrics.ipynb #c002
+import importlib.util
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -323,21 +325,41 @@ class Resamples:
         drawn = (np.repeat(np.arange(len(w)), w.astype(int)) for w in self.weights)
         self.scores['c_mse'] = np.array([correlation_mse(real[at], fake[at]) if len(set(at)) > 1 else np.nan for at in drawn])
 
+# %% ../nbs/15_metrics.ipynb #c131
+def out_of_fold(real: np.ndarray,  # (n, genes) real test profiles
+                fake: np.ndarray,  # (n, genes) generated for the same cases, in their order
+                folds: int = 5,    # 2 or more
+                seed: int = 0,     # of the cut and of the network
+                groups=None        # (n,) patient of each case; default: each case is one
+               ) -> dict:          # probe -> scores of the real profiles (n,), of the generated ones (n,)
+    "Scores of detectors that have not seen the patient. Cost: folds times a detection. Raises ValueError for fewer than two patients a fold."
+    of = np.unique(np.arange(len(real)) if groups is None else np.asarray(groups).astype(str), return_inverse=True)[1]
+    if not 2 <= folds <= (n := of.max() + 1)//2: raise ValueError(f'{n} test patients make no {folds} folds for detectors. Set evaluation.detector_folds to at least 2 and at most {max(n//2, 1)}, or to 1 for none.')
+    fold = (rng(seed, 'detector folds').permutation(n) % folds)[of]
+    scores = {name: np.empty((2, len(real))) for name in PROBES}
+    for f in range(folds):
+        at = fold == f; view = detector_view(real[~at], fake[~at], real[at], fake[at])
+        for name, probe in PROBES.items(): scores[name][:, at] = probe(*view, seed).reshape(2, -1)
+    return {name: tuple(s) for name, s in scores.items()}
+
 # %% ../nbs/15_metrics.ipynb #c066
 def detection_panel(real: dict,              # 'train', 'test' -> (cases, genes)
                     fake: dict,              # the same
                     seed: int = 0,           # of network, batches, bootstrap
                     as_coded: bool = True,   # the authors' probe too
-                    again: 'Resamples | None' = None  # takes the scores under resampled test cases
-                   ) -> dict:                # lr_, mlp_, as_coded_lr_ -> value
+                    again: 'Resamples | None' = None, # takes the scores under resampled test cases
+                    folds: int = 1,          # of detectors cross-validated on the test cases besides; 1: none
+                    groups=None              # (cases,) patient of each test case, for the folds; default: each case is one
+                   ) -> dict:                # lr_, mlp_, as_coded_lr_, cv_lr_, cv_mlp_ -> value
     "Detectability by all probes, from one rotation."
     parts = real['train'], fake['train'], real['test'], fake['test']
     n, view, found = len(real['test']), detector_view(*parts), {}
-    for name, probe in PROBES.items():
-        score = probe(*view, seed)
-        found |= {f'{name}_{k}': v for k, v in detection_scores(score[:n], score[n:], seed).items()}
-        if again is not None: again.scores |= {f'{name}_{k}': x for k, x in detection_again(score[:n], score[n:], again.weights, again.weights).items()}
+    scores = {name: np.split(probe(*view, seed), [n]) for name, probe in PROBES.items()}
     del view
+    if folds > 1: scores |= {f'cv_{name}': s for name, s in out_of_fold(real['test'], fake['test'], folds, seed, groups).items()}
+    for name, (of_real, of_fake) in scores.items():
+        found |= {f'{name}_{k}': v for k, v in detection_scores(of_real, of_fake, seed).items()}
+        if again is not None: again.scores |= {f'{name}_{k}': x for k, x in detection_again(of_real, of_fake, again.weights, again.weights).items()}
     coded = detectability_as_coded(*parts, seed) if as_coded else {}
     return found | {f'as_coded_lr_{k}': coded[k] for k in ('accuracy', 'f1', 'auc') if coded}
 
@@ -347,7 +369,9 @@ def panel(real: dict,                   # 'train', 'test' -> (cases, genes) real
           labels: dict | None = None,   # kind (disease_type, primary_site) -> 'train', 'test' -> (cases,) labels; default: no utility
           seed: int = 0,                # of networks, forests and bootstrap
           as_coded: bool = True,        # with the authors' distance and probe beside ours
-          again: 'Resamples | None' = None  # takes the scores under resampled test cases
+          again: 'Resamples | None' = None, # takes the scores under resampled test cases
+          folds: int = 1,               # of detectors cross-validated on the test cases besides; 1: none
+          groups=None                   # (cases,) patient of each test case, for the folds; default: each case is one
          ) -> dict:                     # metric -> value
     "The paper's realism panel for one generation run. A kind with a single label among the training cases is left out. Raises ValueError as its parts do."
     pr, kinds = precision_recall(real['test'], fake['test'], again=again), labels or {}
@@ -355,7 +379,7 @@ def panel(real: dict,                   # 'train', 'test' -> (cases, genes) real
     if as_coded: pr = precision_recall(real['test'], fake['test'], norm='manhattan'); found |= dict(precision_l1=pr['precision'], recall_l1=pr['recall'])
     found |= dict(c_mse=correlation_mse(real['test'], fake['test']), c_mse_genes=int(varying(real['test'], fake['test']).sum()))
     if again is not None: again.structure(real['test'], fake['test'])
-    found |= detection_panel(real, fake, seed, as_coded, again)
+    found |= detection_panel(real, fake, seed, as_coded, again, folds, groups)
     kinds = {kind: v for kind, v in kinds.items() if len(set(v['train'])) > 1}
     views = utility_views(fake['train'], real['test']) if kinds else None
     for kind, of in kinds.items():
@@ -522,6 +546,28 @@ def set_scores(real: np.ndarray,   # (n, genes) real patients, in log space or z
     found = {f'set_{m}{end}': float(v) for end, r in rows.items() for m, v in zip(('coherence', 'coherence_gap', 'coherence_match'), np.mean(r, 0), strict=True)}
     return found | dict(set_activity=float(row_correlation(activity(real, at), activity(fake, at)).mean()), set_number=len(at))
 
+# %% ../nbs/15_metrics.ipynb #c134
+def ssgsea(x: np.ndarray,     # (n, genes) profiles
+           sets: dict[str, list[str]],  # set -> symbols
+           symbols: list[str],# (genes,)
+           least: int = 5     # genes of a set that must be profiled
+          ) -> np.ndarray:    # (sets, n), the sets of `set_positions`
+    "Single-sample enrichment of each set in each profile, by gseapy. Raises ModuleNotFoundError without it, TooFew as `set_positions`."
+    try: import gseapy
+    except ImportError: raise ModuleNotFoundError('ssGSEA needs gseapy: pip install .[genesets]. Or use `activity`, which needs nothing.') from None
+    at = set_positions(sets, symbols, least); places = [f'g{i}' for i in range(x.shape[1])]     # genes by place: a symbol may stand twice
+    data = pd.DataFrame(np.asarray(x, float).T, pd.Index(places, dtype=object), [f'{i}' for i in range(len(x))])
+    found = gseapy.ssgsea(data, {k: [places[i] for i in p] for k, p in at.items()}, min_size=least, max_size=x.shape[1], threads=1, outdir=None, no_plot=True).res2d
+    return found.astype(dict(ES=float)).pivot(index='Term', columns='Name', values='ES').loc[list(at), list(data.columns)].to_numpy()
+
+def enrichment_scores(real: np.ndarray, fake: np.ndarray,       # (n, genes) each, of the same patients
+                      sets: dict, symbols: list[str],           # as in `set_scores`
+                      least: int = 5, seed: int = 0             # genes of a set that must be profiled; not used, all panels are called alike
+                     ) -> dict:                                 # set_ssgsea
+    "Does a set's ssGSEA score follow the patient? Raises as `ssgsea`."
+    real, fake = profiles(real=real, generated=fake)
+    return dict(set_ssgsea=float(row_correlation(ssgsea(real, sets, symbols, least), ssgsea(fake, sets, symbols, least)).mean()))
+
 # %% ../nbs/15_metrics.ipynb #c104
 MARKER_GENES = {   # kind of label -> word in the label -> genes that stand out in such patients
     'sex': dict(female=('XIST',), male=('RPS4Y1', 'DDX3Y', 'KDM5D', 'UTY', 'EIF1AY', 'USP9Y', 'ZFY')),
@@ -643,7 +689,8 @@ BIOLOGY = {   # metric, without the kind of label before it -> (heading, which w
     'set_coherence': ('Gene sets, coherence', 'to ceiling', 'mean correlation between genes of a set; above its ceiling: exaggerated'),
     'set_coherence_gap': ('Gene sets, gap', 'down', 'mean difference between generated and real coherence of a set; the ceiling, real halves, is the least possible'),
     'set_coherence_match': ('Gene sets, which', 'up', 'correlation over sets between generated and real coherence: are the tight sets tight?'),
-    'set_activity': ('Gene sets, patient', 'up', "correlation over patients between a set's activity in the generated and the real profile; 0: knows nothing of the patient")}
+    'set_activity': ('Gene sets, patient', 'up', "correlation over patients between a set's activity in the generated and the real profile; 0: knows nothing of the patient"),
+    'set_ssgsea': ('Gene sets, patient, by ssGSEA', 'up', 'the same with the enrichment scores of gseapy, where it is installed')}
 
 def biology_panel(fake: np.ndarray,     # (n, genes) generated for the test patients, z-scored
                   real: np.ndarray,     # (n, genes) the test patients, in the same z-scores, one row a patient
@@ -664,6 +711,7 @@ def biology_panel(fake: np.ndarray,     # (n, genes) generated for the test pati
         if kind in MARKER_GENES: ask(f'{kind}_', marker_scores, fake, real, of, symbols, MARKER_GENES[kind])
         if train_real is not None and kind in (train_labels or {}): ask(f'{kind}_', centroid_scores, fake, real, of, train_real, train_labels[kind])
     if sets: ask('', set_scores, real, fake, sets, symbols)
+    if sets and importlib.util.find_spec('gseapy'): ask('', enrichment_scores, real, fake, sets, symbols)
     return found
 
 # %% ../nbs/15_metrics.ipynb #c120

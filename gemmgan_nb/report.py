@@ -410,6 +410,14 @@ def plot_coverage(scores: pd.DataFrame  # model, metric, value
     return fig
 
 # %% ../nbs/25_report.ipynb #c066
+def _opened(frame, model='gemmgan'):
+    "Calibration by tumour type and over genes: of GeMM-GAN, or of the first row where it was not asked."
+    ours = frame[frame.model == (model if model in set(frame.model) else frame.model.iloc[0])]
+    say = lambda r: '-' if np.isnan(r.coverage) else f'{r.coverage:.3f}' + ('' if np.isnan(r.low) else f' [{r.low:.3f}, {r.high:.3f}]')
+    wide = ours.assign(said=[say(r) for r in ours.itertuples()]).pivot(index='group', columns='level', values='said').loc[ours.group.unique(), ours.level.unique()]
+    wide.insert(0, 'n', ours.groupby('group').n.first().reindex(wide.index).astype(str)); flat = ours[ours.level == 'PIT'].set_index('group').promised
+    yield listing(wide.rename_axis('Group').reset_index(), f'{title_of(ours.model.iloc[0])} by tumour type (n patients) and over genes (n genes): share of truth inside each interval; PIT is the distance of the ranks from flat, {plain(flat["all"], 2)} at best on all of them')
+
 @section('audit', 'Calibration and privacy')
 def _audit(run):
     asked = 'this run was not asked for it; set evaluation.blocks to [calibration, privacy] and evaluate again'
@@ -419,6 +427,7 @@ def _audit(run):
         yield picture(fig, 'Share of truth inside an interval against the share that it claims. GeMM-GAN: ' + (', '.join(f'{100*v:.0f} % of {k[-2:]} %' for k, v in ours.items()) or 'was not asked') + '.',
                       'On the line an interval keeps its promise; below it is too narrow, above it too wide.')
     yield made
+    if (path := Path(run.folder)/'tables'/'calibration.csv').exists(): yield from _opened(pd.read_csv(path))
 
 # %% ../nbs/25_report.ipynb #c107
 @section('outcome', 'Grade and survival')
@@ -518,11 +527,11 @@ def _why(run):
 # %% ../nbs/25_report.ipynb #c081
 MADE_BY = {  # how a metric's name begins -> the function that computes it; the longest beginning counts
     '': condition.condition_scores, 'precision': metrics.precision_recall, 'recall': metrics.precision_recall, 'density': metrics.precision_recall, 'coverage': metrics.precision_recall,
-    'c_mse': metrics.correlation_mse, 'lr_': metrics.detection_panel, 'mlp_': metrics.detection_panel, 'as_coded': metrics.detectability_as_coded, 'disease_type': metrics.utility, 'primary_site': metrics.utility,
+    'c_mse': metrics.correlation_mse, 'lr_': metrics.detection_panel, 'cv_': metrics.out_of_fold, 'mlp_': metrics.detection_panel, 'as_coded': metrics.detectability_as_coded, 'disease_type': metrics.utility, 'primary_site': metrics.utility,
     'correlation': condition.gene_correlation, 'correlation_attainable': condition.attainable_correlation, 'crps': condition.crps_cases, 'energy': condition.energy_score, 'spread_ratio': condition.spread_ratio, 'retrieval': condition.retrieval, 'r2': condition.r2_over_mean,
     'genes_fdr': condition.genes_beyond, 'coverage_': condition.coverage_panel, 'conformal': condition.conformal_interval, 'pit': condition.pit_error, 'pit_error_floor': condition.pit_floor,
     **{f'{kind}_{part}': f for kind in ('disease_type', 'primary_site', 'sex') for part, f in (('fold', metrics.fold_change_concordance), ('marker', metrics.marker_scores), ('centroid', metrics.centroid_scores))},
-    'set_': metrics.set_scores, 'augmented': metrics.augmentation_curve, 'nndr': privacy.closest_records, 'dcr': privacy.closest_records, 'mia': privacy.attack_scores, 'mia_distance': privacy.distance_attack, 'mia_density': privacy.density_attack, 'attribute': privacy.attribute_inference}
+    'set_': metrics.set_scores, 'set_ssgsea': metrics.enrichment_scores, 'augmented': metrics.augmentation_curve, 'nndr': privacy.closest_records, 'dcr': privacy.closest_records, 'mia': privacy.attack_scores, 'mia_distance': privacy.distance_attack, 'mia_density': privacy.density_attack, 'attribute': privacy.attribute_inference}
 
 def origin(metric: str):  # key of a metric
     "The function that computes it."

@@ -154,6 +154,15 @@ def breast():
     return x[side], kinds[side], x[~side], kinds[~side], [g.removesuffix('_rnaseq') for g in genes.columns[moves]]
 
 
+def breast_folder(out):
+    "Expression and clinical table of those patients, for `make reproduce PROFILE=brca`: nothing is fitted here, the run scales by its own training patients."
+    t = pd.read_csv(DATA/'pathgen_porpoise'/'tcga_brca_mutsig_all_clean.csv.zip', low_memory=False).drop_duplicates('case_id').set_index('case_id')
+    t = t[t.oncotree_code.isin(['IDC', 'ILC'])]; genes = t.filter(regex='_rnaseq$').dropna(axis=1); x = np.arcsinh(genes.rename(columns=lambda c: c.removesuffix('_rnaseq')))
+    out = Path(out); out.mkdir(parents=True, exist_ok=True); x.loc[:, (x.round(2).nunique() > len(x)/10)].to_csv(out/'expression.csv')
+    pd.DataFrame(dict(age=t.age, gender=t.is_female.map({1: 'female', 0: 'male'}), disease=t.oncotree_code.map(dict(IDC='invasive ductal carcinoma', ILC='invasive lobular carcinoma')), organ='breast')).to_csv(out/'clinical.csv')
+    return out
+
+
 def drawn(train, of, wanted, key):
     "For each wanted label another training patient of that label: a generator that keeps everything of the type, and nothing of the patient."
     r = rng(0, key); return train[[r.choice(np.flatnonzero(of == w)) for w in wanted]]
@@ -200,3 +209,22 @@ def test_gene_sets_of_a_file_reach_the_scores(tmp_path):
     train, val, test = sides(toy()); model = make(Noise); model.fit(train, val, 0); drawn = model.sample(test, 2, 0)
     ask = lambda file: {k for k in more_rows(model, toy(), ('biology',), drawn, file) if k.startswith('set_')}
     assert ask(str(tmp_path/'sets.gmt')) and not ask('')
+
+
+def test_ssgsea_follows_the_patient_as_activity_does():
+    pytest.importorskip('gseapy', reason='gseapy is not installed (pip install .[genesets])')
+    real = patients('test'); near = real + .3*rng(0, 'near').normal(size=real.shape); at = M.set_positions(SETS, SYMBOLS)
+    scores = M.ssgsea(real, SETS, SYMBOLS); assert scores.shape == (len(at), len(real)) and M.row_correlation(scores, M.activity(real, at)).min() > .5
+    kept, other = (M.enrichment_scores(real, x, SETS, SYMBOLS)['set_ssgsea'] for x in (near, near[rng(0, 'other').permutation(len(near))])); assert kept > .7 and abs(other) < .2
+    doubled = [*SYMBOLS[:-1], SYMBOLS[0]]; assert np.isfinite(M.ssgsea(real, SETS, doubled)).all()      # a symbol that stands twice
+    assert M.biology_panel(near, real, {}, SYMBOLS, SETS)['set_ssgsea'] == pytest.approx(kept)
+
+
+def test_the_biology_of_every_row_has_a_table(tmp_path):
+    from gemmgan_nb.tables import biologies, write_biology
+    real, fake, train = patients('test'), patients('made'), patients('train')
+    full = M.biology_panel(fake, real, LABELS, SYMBOLS, SETS, train, LABELS); rows = pd.DataFrame([(m, s, 0, k, v) for m in ('gemmgan', 'ridge') for s in (0, 1) for k, v in (full | dict(correlation=.1)).items()], columns=['model', 'seed', 'run', 'metric', 'value'])
+    table = biologies(rows); at = table.set_index(['model', 'metric']).loc['ridge']
+    assert list(at.index) == list(M.biology_table(full).index) and at.loc['disease_type_centroid_same', ['value', 'low', 'high', 'floor']].tolist() == pytest.approx([full[f'disease_type_centroid_same{e}'] for e in ('', '_low', '_high', '_floor')])
+    assert at.ceiling['disease_type_centroid_balanced'] == full['disease_type_centroid_balanced_ceiling'] and not len(biologies(rows[rows.metric == 'correlation']))
+    write_biology(table, tmp_path); assert len(pd.read_csv(tmp_path/'biology.csv')) == len(table) and 'Subtype' not in (text := (tmp_path/'biology.md').read_text()) and text.count('disease_type_centroid_same') == 3

@@ -182,3 +182,35 @@ print((peak() - before)/samples.nbytes)
 """
 
 def test_wide_profiles_are_not_copied(in_a_process_of_its_own): assert float(in_a_process_of_its_own(WIDE)) < .6      # what is returned, and slices; a copy adds 1
+
+
+class Whole(Row):
+    "As much as `evaluate` needs of a row."
+    def __init__(self, cohort):
+        from gemmgan_nb.training import ModelSpec
+        super().__init__(cohort); self.spec = ModelSpec('gemmgan', 'GeMM-GAN', ('image',))
+    def save(self, folder): pass
+
+
+def test_types_and_genes_reach_the_tables_with_the_panels_numbers(cohort, tmp_path):
+    from gemmgan_nb.experiment import evaluate
+    from gemmgan_nb.tables import calibrations, write_calibration
+    frame, patients = evaluate(Whole(cohort), cohort, generations=1, samples=16, shuffles=1, blocks=('calibration',), bounds={}); by = frame.set_index('metric').value
+    assert {k: tuple(v.shape) for k, v in patients.items() if k.startswith('calibrated')} == {'calibrated.cases': (40, 4), 'calibrated.genes': (12, 5), 'calibrated.pit': (3,)}
+    stored = {f'gemmgan/{s}/{k}': v.numpy() for s in (0, 1) for k, v in patients.items()} | dict(real=np.zeros((40, 12)))
+    opened = calibrations(stored, frame, cohort.split('test')); at = opened.set_index(['group', 'level'])
+    assert [at.coverage['all', k] for k in ('50 %', '80 %', '95 %', '90 %, conformal', 'PIT')] == pytest.approx([by[k] for k in ('coverage_50', 'coverage_80', 'coverage_95', 'conformal_90', 'pit_error')])
+    assert at.loc[['A', 'B']].n.eq(20).all() and opened[opened.group.isin(['A', 'B']) & (opened.level == '90 %, conformal')].coverage.min() == pytest.approx(by['conformal_90_worst_type'])
+    covered = opened[opened.level.ne('PIT') & opened.group.isin(['all', 'A', 'B'])]; assert (covered.low <= covered.coverage).all() and (covered.coverage <= covered.high).all() and (covered.low < covered.high).all()
+    write_calibration(opened, tmp_path); text = (tmp_path/'calibration.md').read_text(); names = set(map(str, cohort.obs.index)) | set(cohort.obs.group)
+    assert pd.read_csv(tmp_path/'calibration.csv').shape == (30, 8) and 'GeMM-GAN' in text and f'{at.coverage["A", "80 %"]:.3f}' in text and not names & set(text.replace('|', ' ').split())
+    assert not len(calibrations({k: v for k, v in stored.items() if 'calibrated' not in k}, frame, cohort.split('test')))
+
+
+def test_the_audit_says_what_each_number_means():
+    from gemmgan_nb.tables import AUDIT, MEANING, MEANS, draw, latex, markdown, plausible, sheet, webpage
+    rows = pd.DataFrame([(m, s, 0, k, .5 + .1*s) for m in ('gemmgan', 'ridge') for s in (0, 1) for k in AUDIT], columns=['model', 'seed', 'run', 'metric', 'value'])
+    s = sheet(rows, plausible(rows), 'audit')
+    assert s.text[MEANS].tolist() == [MEANING[k] for k in AUDIT] and all(len(x) > 20 for x in MEANING.values())
+    assert all(MEANING['dcr_share'] in write(s) for write in (markdown, webpage)) and MEANING['dcr_share'] not in latex(s) and len(draw(s).axes) == 1
+    headed = [h for h, d, _ in AUDIT.values() if not d and not h.startswith('...')]; assert headed == ['Nearest over second nearest training patient']      # to be read beside the next line, as its phrase says

@@ -195,16 +195,17 @@ def one_table(name, code, patients):
     return table[table.index.isin(patients)].rename(columns=lambda c: c.removesuffix('_rnaseq'))
 
 
-def own_folder(which, out, patients=None):
+def own_folder(which, out, patients=None, soft=False):
     """The patients of one unit as a folder of one's own: expression.csv, clinical.csv, and slides.csv with a region a slide.
 
-    mpp is 10/magnification where the list of regions says a magnification, else empty."""
+    mpp is 10/magnification where the list of regions says a magnification, else empty; `soft` takes the arcsinh of z-scores, whose tails are heavy."""
+    out = Path(out)
     pairs = pd.read_csv(REAL/'paired_image_expression_clinical.csv')
     where = pairs.set_index('patient_id').expression.str.extract(f'{which}:(\\w+)')[0].dropna()
     where = where[[p for p in where.index if patients is None or p in patients]]
     tables = [one_table(which, code, set(part.index)) for code, part in where.groupby(where)]
     table = pd.concat(tables, join='inner'); table = table[~table.index.duplicated()]
-    out.mkdir(parents=True, exist_ok=True); table.to_csv(out/'expression.csv')
+    out.mkdir(parents=True, exist_ok=True); (np.arcsinh(table) if soft else table).to_csv(out/'expression.csv')
     told = pd.read_csv(REAL/'tcga_clinical/cognoma/complete_samples.tsv.gz', sep='\t', dtype=str).drop_duplicates('patient_id').set_index('patient_id').loc[table.index]
     told['organ'] = told.acronym.map(dict(GBM='brain', LGG='brain', LUSC='lung', LUAD='lung', BRCA='breast', COAD='colon', KIRC='kidney', KIRP='kidney', BLCA='bladder', STAD='stomach', PAAD='pancreas'))
     told[list(PLACES)].rename_axis('case_id').to_csv(out/'clinical.csv')
