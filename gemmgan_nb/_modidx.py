@@ -971,6 +971,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'gemmgan_nb.pathgen.waves': ('pathgen.html#waves', 'gemmgan_nb/pathgen.py'),
                                     'gemmgan_nb.pathgen.with_intervals': ('pathgen.html#with_intervals', 'gemmgan_nb/pathgen.py'),
                                     'gemmgan_nb.pathgen.with_records': ('pathgen.html#with_records', 'gemmgan_nb/pathgen.py'),
+                                    'gemmgan_nb.pathgen.without_few': ('pathgen.html#without_few', 'gemmgan_nb/pathgen.py'),
                                     'gemmgan_nb.pathgen.words_of': ('pathgen.html#words_of', 'gemmgan_nb/pathgen.py')},
             'gemmgan_nb.privacy': { 'gemmgan_nb.privacy._two_nearest': ('privacy.html#_two_nearest', 'gemmgan_nb/privacy.py'),
                                     'gemmgan_nb.privacy.attack_scores': ('privacy.html#attack_scores', 'gemmgan_nb/privacy.py'),

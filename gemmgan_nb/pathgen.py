@@ -13,8 +13,8 @@ __all__ = ['CORRECTED', 'AS_DESCRIBED', 'PRESETS', 'ARMS', 'OUTCOMES', 'COHORTS'
            'conformal_intervals', 'set_report', 'banded', 'by_subgroup', 'co_attention', 'plot_co_attention',
            'known_outcomes', 'sets_of', 'outcome_job', 'words_of', 'scores_table', 'equivalence_table',
            'subgroups_table', 'read_porpoise', 'Teller', 'expression_to_survival', 'with_records', 'told_by_others',
-           'fold_scores', 'comparable', 'left_out_pairs', 'pair_scores', 'real_cohorts', 'list_codes', 'real_tables',
-           'pictured_patients', 'pictured_table']
+           'fold_scores', 'comparable', 'left_out_pairs', 'pair_scores', 'real_cohorts', 'list_codes', 'without_few',
+           'real_tables', 'pictured_patients', 'pictured_table']
 
 # %% ../nbs/20_pathgen.ipynb #c002
 import csv
@@ -1027,6 +1027,15 @@ def list_codes(path: str | Path,    # of `read_groups`
     for i, at in enumerate(groups_of(path, symbols).values()): codes[at] = i
     return np.unique(codes, return_inverse=True)[1].tolist()
 
+# %% ../nbs/20_pathgen.ipynb #c162
+def without_few(table: pd.DataFrame,  # n, and scores in words
+                least: int = 10       # patients that a group needs to be described
+               ) -> pd.DataFrame:
+    "The table without the scores of groups so small that they would speak of single patients."
+    few = table.n.astype(int) < least; out = table.astype(object)
+    out.loc[few] = '-'; out.loc[few, 'n'] = f'fewer than {least}'
+    return out
+
 # %% ../nbs/20_pathgen.ipynb #c151
 def real_tables(cohorts: dict,          # of `real_cohorts`
                 groups: str | Path,     # of `read_groups`
@@ -1045,7 +1054,7 @@ def real_tables(cohorts: dict,          # of `real_cohorts`
             if title != 'six groups': continue
             mine = said[said.arm == '+ real']; t, has = truth.loc[mine.patient], mine.grade.to_numpy() >= 0; chance = mine.filter(regex=r'^grade\d').to_numpy()
             told_ = mine.assign(risk=mine.groupby('fold').risk.rank(pct=True), error=np.where(has, 1 - chance[np.arange(len(mine)), mine.grade], np.nan), sex=np.where(t.female == 1, 'female', 'male'), age=t.age.to_numpy(float), race=t.race.to_numpy())
-            by = by_subgroup(told_, ['sex', 'age', 'race'], draws, seed).map(plain_); by.index = [f'{c}: {g}' for c, g in by.index]; served[heading] = by
+            by = by_subgroup(told_, ['sex', 'age', 'race'], draws, seed).map(plain_); by.index = [f'{c}: {g}' for c, g in by.index]; served[heading] = without_few(by)
     return pd.DataFrame([r for _, r in rows], pd.MultiIndex.from_tuples([k for k, _ in rows])), pd.concat(served)
 
 # %% ../nbs/20_pathgen.ipynb #c152
@@ -1068,9 +1077,9 @@ def pictured_patients(cohorts: dict,       # of `real_cohorts`
     encode_images(out/'cohort', out/'tiles', out/'cohort'/'slides.csv', out/'features', encoder, Problems(), workers=1)
     return Cohort.load(out/'cohort'), truth
 
-def pictured_table(make: Callable, cohort: Cohort, truth: pd.DataFrame, codes: list[int], steps: int = 60  # as in `left_out_pairs`
+def pictured_table(make: Callable, cohort: Cohort, truth: pd.DataFrame, codes: list[int], pairs: list | None = None, steps: int = 60  # as in `left_out_pairs`
                   ) -> pd.DataFrame:  # (pairs, arm): patients, deaths, pairs, C-index
     "The five arms where there is an image: all pairs, and pairs of one disease."
-    told_ = left_out_pairs(make, cohort, truth.assign(grade=-1), codes, steps=steps); project = cohort.obs.project.to_numpy(str)
+    told_ = left_out_pairs(make, cohort, truth.assign(grade=-1), codes, pairs, steps=steps); project = cohort.obs.project.to_numpy(str)
     parts = {'all pairs': pair_scores(told_)} | ({'pairs of one disease': pair_scores(within)} if len(within := told_[project[told_.i] == project[told_.j]]) else {})
     return pd.concat(parts).rename(columns=dict(c_index='C-index ↑'))

@@ -607,7 +607,7 @@ def plot_condition(scores: pd.DataFrame):  # model, seed, run, metric, value
     ax.set(ylabel='mean correlation\nover genes'); ax.legend(ncols=4, loc='lower center', bbox_to_anchor=(.5, 1), handletextpad=.2)
     return fig
 
-# %% ../nbs/23_tables.ipynb #c111
+# %% ../nbs/23_tables.ipynb #53c7bb52
 def calibrations(patients: dict,        # of `read_patients`
                  scores: pd.DataFrame,  # model, seed, run, metric, value
                  test: Cohort           # test cases
@@ -638,7 +638,7 @@ def write_calibration(frame: pd.DataFrame,  # of `calibrations`
                      '- [low, high]: 95 % over test patients, mean of the seeds; types of fewer than five patients have none.\n- Conformal: after split conformal on calibration patients.\n'
                      f'- PIT: distance of the ranks of the truth from flat; 0 is best, and {one["all", "PIT"]:.3f} is what so many patients leave to a calibrated generator.\n- Genes scatter by chance alone: in a calibrated generator nine of ten would lie in {genes}.\n')
 
-# %% ../nbs/23_tables.ipynb #c116
+# %% ../nbs/23_tables.ipynb #8e77706b
 def biologies(scores: pd.DataFrame  # model, seed, run, metric, value
              ) -> pd.DataFrame:     # model, metric, value, low, high (95 % over test patients, mean of the seeds), floor, ceiling, better, meaning
     "Every row's biology, as `biology_table` has it; empty where it was not asked."
