@@ -196,7 +196,7 @@ def test_a_cohort_is_fetched_to_where_the_pipeline_looks(tmp_path):
 # Wrong input
 
 @pytest.mark.parametrize('command', ['reproduce', 'plan', 'doctor', 'download'])
-@pytest.mark.parametrize('words, says', [(['--profile', 'nosuch'], "no profile 'nosuch'. Choose one of: cptac, demo"), (['--set', 'training.stepz=3'], "no setting 'training.stepz'. It has: batch"),
+@pytest.mark.parametrize('words, says', [(['--profile', 'nosuch'], "no profile 'nosuch'. Choose one of: brca, cptac, demo"), (['--set', 'training.stepz=3'], "no setting 'training.stepz'. It has: batch"),
                                          (['--set', 'training.steps'], 'Write it as name=value'), (['--set', 'seeds=[1'], 'not YAML'), (['--set', 'models=[nobody]'], 'No model nobody')])
 def test_wrong_words_are_one_sentence_and_code_2(command, words, says):
     code, text = gemmgan(command, *words)
