@@ -790,6 +790,7 @@ def generate(checkpoint=None,  # folder of a checkpoint or run, or a `Checkpoint
     if attention_to is not None: check_picture(asked, attention_to)
     ck = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(find_checkpoint(checkpoint, checkpoint is None and not _drawn(asked), runs, [m for m, v in dict(image=asked[0].slide or asked[0].features, text=asked[0].text).items() if v]))
     if attention_to is not None: fusion_of(ck.model)
+    if any(a.slide or a.features for a in asked): _ = ck.reference      # a damaged one is refused before the work
     look = Looker(ck, image_encoder, text_encoder, device, most_tiles, seed, i_know_it_is_simulated)
     asked, seen, problems = look_at_all(look, asked, follow)
     made = [layers_of(ck, z, samples) for z in draw(ck, seen, n, seed)]

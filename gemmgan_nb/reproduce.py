@@ -492,7 +492,7 @@ def outcome(folder: Annotated[Path, typer.Option(help='PORPOISE tables of GBMLGG
     from papermill.exceptions import PapermillExecutionError
     from gemmgan_nb.tables import adopt
     with stoppable('Nothing was written to figures.'):
-        try: run_stage(root/'nbs'/'20_pathgen.ipynb', run/'executed.ipynb', {k: str(p.absolute()) for k, p in given.items() if p} | dict(out=str(run/'tables')), 'real patients')
+        try: run_stage(root/'nbs'/'23_tables.ipynb', run/'executed.ipynb', {k: str(p.absolute()) for k, p in given.items() if p} | dict(out=str(run/'tables')), 'real patients')
         except PapermillExecutionError as e: wrong(f'{e.ename}: {e.evalue} The whole story: {run}/executed.ipynb', 1)
     out.mkdir(parents=True, exist_ok=True); names = adopt(run/'tables', out)
     (out/'README.md').write_text('Made by `gemmgan outcome --folder <folder>' + ''.join(f' --{k} <{"file" if k == "records" else "folder"}>' for k in ('records', 'regions') if given[k]) + '`: PORPOISE tables, grades and race of cognoma, regions of MoNuSeg. Aggregates only.\n')

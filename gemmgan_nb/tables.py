@@ -221,7 +221,7 @@ def differences(scores: pd.DataFrame,  # model, seed, run, metric, value
     "The row less each other row in every metric, with the interval over patients and seeds; `sure` is False where a trained row has one seed."
     known = {m: fixed(scores, m) or scores.seed[scores.model == m].nunique() > 1 for m in scores.model.unique()}
     rows = [(k, model, m, (d := draws[k, model] - x).mean(), *interval(d), known[model] and known[m]) for (k, m), x in draws.items() if m != model and (k, model) in draws]
-    return pd.DataFrame(rows, columns=['metric', 'model', 'other', 'difference', 'low', 'high', 'sure'])
+    return pd.DataFrame(rows, columns=['metric', 'model', 'other', 'difference', 'low', 'high', 'sure']).astype(dict(sure=bool))
 
 # %% ../nbs/23_tables.ipynb #c040
 MEANS = 'What it means'   # heading of the phrases in the audit
