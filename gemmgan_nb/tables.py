@@ -419,9 +419,10 @@ def turned(s: Sheet) -> Sheet:  # a table with metrics down
 def draw(s: Sheet):  # a table -> figure
     "The table as a picture: shaded by rank within each metric, marked cells framed and bold; methods go down where there are many."
     s = unworded(s)
-    if s.text.shape[1] > 14 and 'metric' in s.text.index.names: s = turned(s)
+    if wide := s.text.shape[1] > 14 and 'metric' in s.text.index.names: s = turned(s)
     rows, cols = s.text.shape
-    split = lambda t: t.replace(' [', '\n[') if '[' in t else t.replace(' ±', '\n±') if len(t) > 18 else t
+    def split(t):     # a wide picture leaves the intervals to the other files
+        first, *span = t.split(' ['); return '\n'.join([first.replace(' ±', '\n±') if len(first) > 18 else first, *([f'[{span[0]}'] if span and not wide else [])])
     heads = ['\n'.join(w for part in c.replace(' (paper', '\n(paper').split('\n') for w in textwrap.wrap(part.replace('→ ', '→\u00a0'), 17)) for c in s.text.columns]
     most, above = max(split(t).count('\n') for t in s.text.to_numpy().ravel()), max(h.count('\n') for h in heads)
     top, high = .9 + .45*(above + 1)/(1 + .6*most), .26*(1 + .6*most)
