@@ -455,7 +455,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'gemmgan_nb.encoders.cast': ('encoders.html#cast', 'gemmgan_nb/encoders.py'),
                                      'gemmgan_nb.encoders.cut_of': ('encoders.html#cut_of', 'gemmgan_nb/encoders.py'),
                                      'gemmgan_nb.encoders.encode_images': ('encoders.html#encode_images', 'gemmgan_nb/encoders.py'),
-                                     'gemmgan_nb.encoders.encode_share': ('encoders.html#encode_share', 'gemmgan_nb/encoders.py'),
                                      'gemmgan_nb.encoders.encode_slide': ('encoders.html#encode_slide', 'gemmgan_nb/encoders.py'),
                                      'gemmgan_nb.encoders.encode_slides': ('encoders.html#encode_slides', 'gemmgan_nb/encoders.py'),
                                      'gemmgan_nb.encoders.encode_texts': ('encoders.html#encode_texts', 'gemmgan_nb/encoders.py'),

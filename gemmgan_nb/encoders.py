@@ -9,9 +9,8 @@ __all__ = ['PRECISION', 'INSTEAD', 'IMAGENET', 'UNI', 'UNI2', 'ENCODERS', 'Encod
            'load_image_encoder', 'load_text_encoder', 'access', 'FeatureFile', 'read_features', 'stamp', 'is_current',
            'widths', 'read_ahead', 'write_features', 'encode_slide', 'Pace', 'on_device', 'replicas', 'unless_device',
            'tile_file', 'encode_slides', 'bags_of', 'read_slides', 'read_summaries', 'pack_images', 'cut_of',
-           'off_scale', 'encode_images', 'encode_share', 'ready_files', 'made_by', 'import_features', 'encode_texts',
-           'import_tokens', 'tiny_encoding', 'Rehearsal', 'rehearsal_room', 'rehearsed_expression', 'rehearse',
-           'is_rehearsed']
+           'off_scale', 'encode_images', 'ready_files', 'made_by', 'import_features', 'encode_texts', 'import_tokens',
+           'tiny_encoding', 'Rehearsal', 'rehearsal_room', 'rehearsed_expression', 'rehearse', 'is_rehearsed']
 
 # %% ../nbs/10_encoders.ipynb #c002
 import copy
@@ -578,27 +577,15 @@ def encode_images(cohort: str | Path,     # cohort directory; patches.safetensor
                   out: str | Path,        # features folder; written: out/<encoder>/<slide>.h5
                   encoder: ImageEncoder,  # what describes a tile
                   problems: Problems,     # where failures are noted
-                  workers: int = 0        # slides at a time; 0: as many as there are cores
+                  workers: int = 0,       # slides at a time; 0: as many as there are cores
+                  shard: str = '1/1'      # 'i/n': only the i-th of n shares, and nothing is packed; a run over all finds these done
                  ) -> dict:
     "Encodes the slides of a cohort and packs `patches.safetensors` beside it; returns numbers for the record."
     start = time.perf_counter()
-    files, n = encode_slides(read_slides(slides), tiles, encoder, out, problems, workers)
-    seconds = time.perf_counter() - start
-    pack_images(cohort, files, problems, encoder=encoder.name, encoder_id=encoder.id, mpp=encoder.mpp)
-    return dict(slides=len(files), tiles=sum(map(len, files.values())), tiles_encoded=n, tiles_per_second=round(n/seconds, 1), slides_off_scale=off_scale(files, encoder.mpp))
-
-# %% ../nbs/10_encoders.ipynb #c104
-def encode_share(shard: str,            # 'i/n': every n-th slide, from the i-th
-                 tiles: str | Path,     # folder of tile files, one a slide
-                 slides: str | Path,    # csv of slide, path, mpp
-                 out: str | Path,       # features folder; written: out/<encoder>/<slide>.h5
-                 encoder: ImageEncoder, # what describes a tile
-                 problems: Problems,    # where failures are noted
-                 workers: int = 0       # slides at a time; 0: as many as there are cores
-                ) -> dict:
-    "Encodes some slides of a cohort and packs nothing; a run over all of them finds these done. Returns numbers for the record."
     files, n = encode_slides(read_slides(slides)[read_shard(shard)], tiles, encoder, out, problems, workers)
-    return dict(slides=len(files), tiles=sum(map(len, files.values())), tiles_encoded=n)
+    seconds = time.perf_counter() - start
+    if shard.endswith('/1'): pack_images(cohort, files, problems, encoder=encoder.name, encoder_id=encoder.id, mpp=encoder.mpp)
+    return dict(slides=len(files), tiles=sum(map(len, files.values())), tiles_encoded=n, tiles_per_second=round(n/seconds, 1), slides_off_scale=off_scale(files, encoder.mpp))
 
 # %% ../nbs/10_encoders.ipynb #c076
 def ready_files(folder: str | Path,  # h5 files made elsewhere
