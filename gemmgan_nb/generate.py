@@ -252,7 +252,10 @@ class Checkpoint:
     @property
     def about(self): return self.config['about']
     @property
-    def title(self): return f'{self.config["spec"].get("title", "")} ({", ".join(map(str, self.about.get("projects", [])))[:60]})'
+    def title(self):
+        "Its row and its projects, the first six by name."
+        names = [str(p)[:20] for p in self.about.get('projects', [])]
+        return f'{self.config["spec"].get("title", "")} ({", ".join(names[:6])}{f" and {more} more" if (more := len(names) - 6) > 0 else ""})'
     @property
     def simulated(self): return bool(self.about.get('simulated'))
     @property

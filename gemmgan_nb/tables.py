@@ -13,6 +13,7 @@ __all__ = ['PANEL', 'PANEL2', 'COLUMNS', 'ROWS', 'CONDITION', 'AUDIT', 'MEANING'
 
 # %% ../nbs/23_tables.ipynb #c002
 import html
+import re
 import shutil
 import textwrap
 from dataclasses import dataclass, field
@@ -185,10 +186,14 @@ def plausible(scores: pd.DataFrame,      # model, seed, run, metric, value
         out[metric, model] = draws
     return out
 
-def interval(draws: np.ndarray  # plausible values
+def interval(draws: np.ndarray,  # plausible values
+             metric: str = ''    # cut to what this metric can be; '': as it is, for a difference
             ) -> tuple[float, float]:
-    "The middle 95 %; NaN where nothing scatters."
-    return (np.nan, np.nan) if np.ptp(draws) == 0 else tuple(np.quantile(draws, [.025, .975]))
+    "The middle 95 %; NaN where nothing scatters. Few seeds make wide intervals, but no share is below 0 or above 1."
+    if np.ptp(draws) == 0: return np.nan, np.nan
+    share = re.search(r'(precision|recall|coverage(_\d+)?|accuracy|balanced|f1|auc|retrieval|genes_fdr|conformal_90(_worst_type)?|dcr_share)$', metric)
+    least, most = (0, 1) if share else (-1, 1) if metric.startswith('correlation') else (-np.inf, np.inf)
+    return tuple(np.clip(np.quantile(draws, [.025, .975]), least, most))
 
 # %% ../nbs/23_tables.ipynb #c031
 _goals = {k: d for p in (PANEL, PANEL2, CONDITION, AUDIT) for k, (_, d, _) in p.items()} | {k: '↑' for k in ('density', 'precision_l1', 'recall_l1', 'correlation_median')} | {
@@ -258,7 +263,7 @@ def cells(scores: pd.DataFrame,   # model, seed, run, metric, value
     "The three faces of a table, `-` where there is no number."
     s, sure = spreads(scores), lambda m: fixed(scores, m) or scores.seed[scores.model == m].nunique() > 1
     known = lambda k, m: (k, m) in s.index and not np.isnan(s.loc[(k, m), 'mean'])
-    span = lambda k, m: interval(draws[k, m]) if (k, m) in patients else (np.nan, np.nan)
+    span = lambda k, m: interval(draws[k, m], k) if (k, m) in patients else (np.nan, np.nan)
     frame = lambda f: pd.DataFrame([[f(k, m) for m in models] for k in panel], list(panel), models)
     winners = {k: best(k, models, draws, sure) for k in panel}
     return (frame(lambda k, m: cell(s.loc[(k, m)], span(k, m)) if known(k, m) else '-'),
@@ -482,7 +487,7 @@ def headline(scores: pd.DataFrame,   # model, seed, run, metric, value
         other = min(rivals, key=lambda m: np.nan_to_num(loss(k, s.loc[(k, m), 'mean'])), default=None)
         h, d, _ = {**PANEL, **CONDITION}[k]
         rows[f'{_full.get(k, h)} {d}'.strip()] = [
-            s.loc[(k, model), 'mean'], *interval(draws[k, model]), *bounds(s, k), title_of(other) if other else '-', s.loc[(k, other), 'mean'] if other else np.nan]
+            s.loc[(k, model), 'mean'], *interval(draws[k, model], k), *bounds(s, k), title_of(other) if other else '-', s.loc[(k, other), 'mean'] if other else np.nan]
     return pd.DataFrame.from_dict(rows, orient='index', columns=['value', 'low', 'high', 'floor', 'ceiling', 'best_other', 'its_value'])
 
 # %% ../nbs/23_tables.ipynb #c072
@@ -701,7 +706,7 @@ def _decide(out, scores, draws, name, paper, lines):
     "Headline, sentences, claims, and every number that did not fit in a table."
     top, gaps = headline(scores, draws), differences(scores, draws)
     ours = [differences(scores, draws, 'gemmgan_plus')]*('gemmgan_plus' in set(scores.model))
-    spans = pd.DataFrame({k: interval(d) for k, d in draws.items()}, index=['low', 'high']).T.rename_axis(['metric', 'model'])
+    spans = pd.DataFrame({k: interval(d, k[0]) for k, d in draws.items()}, index=['low', 'high']).T.rename_axis(['metric', 'model'])
     for file, frame in dict(headline=top.rename_axis('metric').round(6), differences=pd.concat([gaps, *ours]).round(6), spreads=spreads(scores).join(spans).round(6)).items():
         with atomic(out/f'{file}.csv') as p: frame.to_csv(p, index=file != 'differences')
     with atomic(out/'headline.md') as p:
