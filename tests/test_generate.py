@@ -256,6 +256,11 @@ def test_the_row_that_answers_is_taken(run, place, tmp_path):
     assert [find_checkpoint(other, has=has).parts[-2] for has in (['text'], ['image'], ['image', 'text'])] == ['any_modality', 'any_modality', 'gemmgan']
 
 
+def test_a_run_in_folds_has_checkpoints_too(place, tmp_path):
+    for fold in ('fold0', 'fold1'): shutil.copytree(place, tmp_path/'run'/'fit'/'gemmgan'/'gemmgan'/'seed0'/fold)
+    assert find_checkpoint(tmp_path/'run').name == 'fold0' and read_checkpoint(find_checkpoint(tmp_path/'run')).reads
+
+
 def test_an_odd_reference_is_one_sentence(run, how, place, tmp_path):
     for held in (dict(middle=torch.zeros(16)), dict(mean=torch.zeros(3), std=torch.ones(3))):
         copy = altered(place, tmp_path/str(len(held))); save_file(held, copy/'reference.safetensors')
