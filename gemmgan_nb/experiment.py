@@ -498,7 +498,7 @@ def evaluate(model, cohort: Cohort,   # a fitted row, the whole cohort
     if bounds is None: bounds = {} if isinstance(model, Folded) else bounds_of(cohort, samples, detector_folds)
     floor, ceiling = (bounds.get(side, {}) for side in ('floor', 'ceiling'))
     frame = pd.DataFrame([(model.spec.name, seed, run, 'test', k, float(v), floor.get(k, np.nan), ceiling.get(k, np.nan)) for run, k, v in rows], columns=TIDY)
-    return frame, patients | ({} if again is None else {f'again.{k}': torch.from_numpy(x - np.nanmean(x)).float() for k, x in again.scores.items()})
+    return frame, patients | ({} if again is None else {f'again.{k}': torch.from_numpy(x - np.nanmean(x)).float() for k, x in again.scores.items() if not np.isnan(x).all()})
 
 def bounds_of(cohort: Cohort,  # whole
               n: int,          # profiles a case

@@ -314,7 +314,7 @@ def find_checkpoint(name=None,          # folder of a checkpoint or of a run; No
     for p in places:
         must(not p.is_file(), f'{p} is a file. Expected the folder of a checkpoint, with config.json and model.safetensors, or of a run.')
         if (p/'config.json').exists() or (p/'model.safetensors').exists(): return p
-        row = lambda f: f.relative_to(p).parts[2]      # fit/<job>/<row>/<seed>, and under folds one more
+        row = lambda f, up=len(p.parts): f.parts[up + 2]   # fit/<job>/<row>/<seed>, and under folds one more
         found = sorted(p.glob('fit/*/*/seed*/**/config.json'), key=lambda f: (not answers(f, has), [*FIRST, row(f)].index(row(f)), f.parts))
         if found: return found[0].parent
     advice = f'{name} holds none. Expected config.json and model.safetensors, or a run with a folder fit.' if name else f'Run: gemmgan reproduce --profile {"her2st" if real else "demo"}; or name one.'

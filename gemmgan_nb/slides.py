@@ -8,6 +8,7 @@ __all__ = ['UNITS', 'MPP_CHAIN', 'MARKERS', 'CHROMA', 'ADDED', 'DIRECT', 'tiny_s
            'direct_region', 'difference', 'open_direct', 'Slide', 'read_box', 'read_boxes', 'reduced']
 
 # %% ../nbs/07_slides.ipynb #c002
+import logging
 import os
 import re
 import warnings
@@ -97,6 +98,8 @@ def chain_end(path: str | Path  # a file
         while at > furthest:
             furthest = at; f.seek(at); f.seek(at + count + number(count)*entry); at = number(offset)
         return furthest
+
+logging.getLogger('tifffile').setLevel(logging.CRITICAL)   # of a damaged file our own error speaks, once
 
 def data_end(path: Path  # a file
             ) -> int:    # bytes
