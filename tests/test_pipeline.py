@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import anndata as ad
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
 import torch
 import yaml
+from safetensors.numpy import load_file
 
 from gemmgan_nb.baselines import Ridge
 from gemmgan_nb.data import TINY, Cohort, tiny_tables
@@ -249,3 +251,15 @@ def test_slides_are_shared_among_jobs_and_joined():
     for stage, n in (('tile', 2), ('encode', 3)):
         for i in range(1, n + 1): assert found[f'{stage}_{i}_of_{n}'][1] in found[stage][0].split(', ')      # the joining job waits for each share
     assert found['tile'][1] in found['encode_2_of_3'][0] and 'patches.safetensors' in found['encode'][1]
+
+
+@pytest.mark.slow
+def test_shares_make_the_same_features(tmp_path_factory):
+    p = Project(tmp_path_factory.mktemp('shares'))
+    p.edit('workflow/profiles/tiny.yaml', 'min_tissue: 0.2}', 'min_tissue: 0.2, shards: 1}'); p.edit('workflow/profiles/tiny.yaml', 'text: minilm,', 'text: minilm, shards: 1,')
+    for run, shares in dict(alone=(), shared=('tiles.shards=2', 'encoders.shards=2')).items():
+        code, out = p('reproduce', '--until', 'encode', *(w for s in (f'run={run}', *shares) for w in ('--set', s)))
+        assert code == 0, out[-3000:]
+    assert (p.folder/'runs'/'shared'/'features'/'shard_2_of_2').exists()
+    alone, shared = (load_file(p.folder/'runs'/run/'cohort'/'patches.safetensors') for run in ('alone', 'shared'))
+    assert alone.keys() == shared.keys() and all(np.array_equal(v, shared[k]) for k, v in alone.items())
