@@ -21,7 +21,7 @@ plan: $(VENV)/ready
 test: $(VENV)/ready
 	@echo "1/3 ruff on the exported library"; $(BIN)/ruff check gemmgan_nb
 	@echo "2/3 every notebook"; OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing | $(BIN)/python workflow/chapter_times.py $(TOO_SLOW)
-	@echo "3/3 pytest"; OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	@echo "3/3 pytest"; OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: TOO_SLOW = --fail
 test-all: test
