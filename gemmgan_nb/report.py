@@ -187,6 +187,7 @@ def decided(claim: dict  # of claims.json
            ) -> str:     # number [low, high]
     "The number that decides a claim; empty where a claim has none."
     n, low, high = (np.nan if claim.get(k) is None else float(claim[k]) for k in ('number', 'low', 'high'))
+    n, low, high = (0. if abs(v) < 1e-9 else v for v in (n, low, high))      # no -0, no 5e-17
     return '' if np.isnan(n) else f'{n:.3g}' + ('' if np.isnan([low, high]).any() else f' [{low:.3g}, {high:.3g}]')
 
 def claims_of(run: RunFolder) -> list[dict]:  # whose

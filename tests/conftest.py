@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-LONG = ('test_pipeline.py', 'test_command.py', 'test_folds.py', 'test_report.py', 'test_generate.py')
+LONG = ('test_pipeline.py', 'test_command.py', 'test_folds.py', 'test_generate.py')
 
 def pytest_collection_modifyitems(items):
     "The longest files first: two workers that take whole files then end at the same time."
