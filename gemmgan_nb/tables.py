@@ -594,6 +594,9 @@ def legend(scores: pd.DataFrame,   # model, seed, run, metric, value
     if patients: lines.append(f'[low, high]: 95 % interval over {patients} and {seed}s.')
     lines.append('Bold: significantly better than the next row at 5 % (floors and ceilings do not compete; one comparison a metric). No bold value: the difference to the next may be chance. '
                  f'What bears an interval was resampled over patients; all else is compared over {seed}s for one set of test cases.')
+    still = scores[scores.metric == 'spread_ratio'].groupby('model').value.max() < 1e-3
+    if points := [title_of(m) for m in still.index[still] if kind_of(m) == 'row']:
+        lines.append(f'Correlation and R2 are those of the mean of a row\'s draws, as many as evaluation.samples says. {", ".join(points)} predict one profile a case: no draws, so no noise in their mean, and a correlation that is higher for it.')
     if paper: lines.append('Columns "(paper, TCGA)" are printed values of the paper, ' + ('whose patients, split and encoders may differ from these.' if name == 'TCGA' else
                            f'from another cohort: they are not comparable with these, which are of {name}.'))
     return lines
