@@ -712,6 +712,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'gemmgan_nb.generate.check_instead': ('generate.html#check_instead', 'gemmgan_nb/generate.py'),
                                      'gemmgan_nb.generate.check_picture': ('generate.html#check_picture', 'gemmgan_nb/generate.py'),
                                      'gemmgan_nb.generate.check_text': ('generate.html#check_text', 'gemmgan_nb/generate.py'),
+                                     'gemmgan_nb.generate.checkpoints_of': ('generate.html#checkpoints_of', 'gemmgan_nb/generate.py'),
                                      'gemmgan_nb.generate.condition_of': ('generate.html#condition_of', 'gemmgan_nb/generate.py'),
                                      'gemmgan_nb.generate.config_of': ('generate.html#config_of', 'gemmgan_nb/generate.py'),
                                      'gemmgan_nb.generate.counterfactual': ('generate.html#counterfactual', 'gemmgan_nb/generate.py'),

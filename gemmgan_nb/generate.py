@@ -6,15 +6,15 @@
 __all__ = ['TINY_GENES', 'TINY_BUDGET', 'KINDS', 'MARK', 'FIRST', 'MOST_WORDS', 'GLANCE', 'QUANTILES', 'QUANTILES_ARE', 'COLUMNS',
            'tiny_eyes', 'BagOfWords', 'tiny_ears', 'tiny_law', 'tiny_case', 'tiny_run', 'crps_step', 'tiny_fit',
            'tiny_features', 'GenerateError', 'must', 'tensors_of', 'config_of', 'fits_tensors', 'Checkpoint',
-           'read_checkpoint', 'is_simulated', 'answers', 'find_checkpoint', 'training_cut', 'refuse_scale',
-           'encoder_for', 'patch_distance', 'bank_reference', 'reference_of', 'keep_reference', 'write_reference',
-           'keep_references', 'how_far', 'Request', 'Seen', 'check_text', 'region_of', 'read_requests', 'mpp_of',
-           'requests_of', 'unique', 'refuse_real', 'inside', 'cut', 'encode_tiles', 'see_slide', 'see_features',
-           'refuse_habits', 'Looker', 'draw', 'layers_of', 'gene_table', 'as_anndata', 'distances_of', 'warnings_of',
-           'generate', 'look_at_all', 'check_device', 'check_instead', 'check_picture', 'first_numbers',
-           'can_be_written', 'writable', 'write', 'Attention', 'fusion_of', 'condition_of', 'weights_of', 'words_of',
-           'attention', 'learned', 'alike', 'plot_attention', 'picture_attention', 'counterfactual', 'layers_instead',
-           'moved_by', 'plot_counterfactual']
+           'read_checkpoint', 'is_simulated', 'answers', 'checkpoints_of', 'find_checkpoint', 'training_cut',
+           'refuse_scale', 'encoder_for', 'patch_distance', 'bank_reference', 'reference_of', 'keep_reference',
+           'write_reference', 'keep_references', 'how_far', 'Request', 'Seen', 'check_text', 'region_of',
+           'read_requests', 'mpp_of', 'requests_of', 'unique', 'refuse_real', 'inside', 'cut', 'encode_tiles',
+           'see_slide', 'see_features', 'refuse_habits', 'Looker', 'draw', 'layers_of', 'gene_table', 'as_anndata',
+           'distances_of', 'warnings_of', 'generate', 'look_at_all', 'check_device', 'check_instead', 'check_picture',
+           'first_numbers', 'can_be_written', 'writable', 'write', 'Attention', 'fusion_of', 'condition_of',
+           'weights_of', 'words_of', 'attention', 'learned', 'alike', 'plot_attention', 'picture_attention',
+           'counterfactual', 'layers_instead', 'moved_by', 'plot_counterfactual']
 
 # %% ../nbs/24_generate.ipynb #c002
 import hashlib
@@ -304,6 +304,12 @@ def answers(config: Path,  # config.json of a checkpoint
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError): return False     # `config_of` says what is wrong with it
     return reads == set(has) or bool(hidden) and reads > set(has)
 
+def checkpoints_of(run: str | Path  # folder of a run
+                  ) -> dict[Path, str]:  # folder -> its row
+    "The checkpoints of a run; under folds, one a fold."
+    run = Path(run)
+    return {p.parent: p.relative_to(run).parts[2] for p in sorted(run.glob('fit/*/*/seed*/**/config.json'))}    # fit/<job>/<row>/<seed>
+
 def find_checkpoint(name=None,          # folder of a checkpoint or of a run; None: chosen by what is asked about
                     real: bool = True,  # is it about real tissue?
                     runs: str | Path = 'runs', # where runs lie
@@ -314,9 +320,7 @@ def find_checkpoint(name=None,          # folder of a checkpoint or of a run; No
     for p in places:
         must(not p.is_file(), f'{p} is a file. Expected the folder of a checkpoint, with config.json and model.safetensors, or of a run.')
         if (p/'config.json').exists() or (p/'model.safetensors').exists(): return p
-        row = lambda f, up=len(p.parts): f.parts[up + 2]   # fit/<job>/<row>/<seed>, and under folds one more
-        found = sorted(p.glob('fit/*/*/seed*/**/config.json'), key=lambda f: (not answers(f, has), [*FIRST, row(f)].index(row(f)), f.parts))
-        if found: return found[0].parent
+        if found := checkpoints_of(p): return min(found.items(), key=lambda f: (not answers(f[0]/'config.json', has), [*FIRST, f[1]].index(f[1]), f[0].parts))[0]
     advice = f'{name} holds none. Expected config.json and model.safetensors, or a run with a folder fit.' if name else f'Run: gemmgan reproduce --profile {"her2st" if real else "demo"}; or name one.'
     raise GenerateError(f'There is no checkpoint for {"real" if real else "simulated"} tissue in {runs}. {advice}' if not name else f'There is no checkpoint: {advice}')
 
@@ -419,7 +423,7 @@ def keep_references(run: str | Path  # folder of a run, with cohort and fit
     path, found, usual = Path(run)/'cohort'/'patches.safetensors', [], {}
     bank = Bank(path) if path.exists() else None
     at = {c: i for i, c in enumerate(bank.cases if bank else ())}
-    for place in sorted({p.parent for p in Path(run).glob('fit/*/*/seed*/**/config.json')}):
+    for place in checkpoints_of(run):
         said = config_of(place); cases = tuple(said['about']['cases'])
         if 'image' not in said['spec'].get('uses', ()) or not set(cases) <= set(at) or not (place/'model.safetensors').exists(): continue
         if cases not in usual: usual[cases] = bank_reference(bank[[at[c] for c in cases]])

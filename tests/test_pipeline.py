@@ -256,7 +256,6 @@ def test_slides_are_shared_among_jobs_and_joined():
 @pytest.mark.slow
 def test_shares_make_the_same_features(tmp_path_factory):
     p = Project(tmp_path_factory.mktemp('shares'))
-    p.edit('workflow/profiles/tiny.yaml', 'min_tissue: 0.2}', 'min_tissue: 0.2, shards: 1}'); p.edit('workflow/profiles/tiny.yaml', 'text: minilm,', 'text: minilm, shards: 1,')
     for run, shares in dict(alone=(), shared=('tiles.shards=2', 'encoders.shards=2')).items():
         code, out = p('reproduce', '--until', 'encode', *(w for s in (f'run={run}', *shares) for w in ('--set', s)))
         assert code == 0, out[-3000:]
