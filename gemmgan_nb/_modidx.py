@@ -535,6 +535,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'gemmgan_nb.experiment.fit_job': ('experiment.html#fit_job', 'gemmgan_nb/experiment.py'),
                                        'gemmgan_nb.experiment.fit_row': ('experiment.html#fit_row', 'gemmgan_nb/experiment.py'),
                                        'gemmgan_nb.experiment.fold_view': ('experiment.html#fold_view', 'gemmgan_nb/experiment.py'),
+                                       'gemmgan_nb.experiment.generated': ('experiment.html#generated', 'gemmgan_nb/experiment.py'),
                                        'gemmgan_nb.experiment.job_key': ('experiment.html#job_key', 'gemmgan_nb/experiment.py'),
                                        'gemmgan_nb.experiment.jobs_of': ('experiment.html#jobs_of', 'gemmgan_nb/experiment.py'),
                                        'gemmgan_nb.experiment.load_row': ('experiment.html#load_row', 'gemmgan_nb/experiment.py'),

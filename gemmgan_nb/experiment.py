@@ -6,10 +6,10 @@
 __all__ = ['both', 'labels', 'DML', 'SPOT', 'CASE', 'OTHER', 'DRAWN', 'ENTRIES', 'LABELS', 'BLOCKS', 'TIDY', 'RESAMPLES', 'entry',
            'pathgen', 'dml', 'entries_of', 'model_class', 'trained', 'as_told', 'construct', 'jobs_of', 'patient_folds',
            'few_as_other', 'sided', 'fold_view', 'cut_folds', 'job_key', 'fit_row', 'fit_folds', 'fit_job', 'Folded',
-           'asked', 'scaled', 'view_of', 'load_row', 'realism', 'realism_of_folds', 'untrained_twin', 'condition_rows',
-           'retrieval_of_folds', 'at_depth', 'spot_rows', 'said_of', 'biology_rows', 'augmentation_rows', 'more_rows',
-           'trained_here', 'drawn_whole', 'evaluate', 'bounds_of', 'evaluate_job', 'Predictions',
-           'evaluate_predictions']
+           'asked', 'scaled', 'view_of', 'load_row', 'generated', 'realism', 'realism_of_folds', 'untrained_twin',
+           'condition_rows', 'retrieval_of_folds', 'at_depth', 'spot_rows', 'said_of', 'biology_rows',
+           'augmentation_rows', 'more_rows', 'trained_here', 'drawn_whole', 'evaluate', 'bounds_of', 'evaluate_job',
+           'Predictions', 'evaluate_predictions']
 
 # %% ../nbs/22_experiment.ipynb #c002
 import copy
@@ -322,6 +322,13 @@ def load_row(entry: dict, folder: str | Path):  # a registry entry, its checkpoi
     return Folded.load(kind, folder) if (folder/'folds.csv').exists() else kind.load(folder)
 
 # %% ../nbs/22_experiment.ipynb #c031
+def generated(model, cohort: Cohort,  # a fitted row, the whole cohort
+              run: int                # the generation run
+             ) -> dict:               # 'train', 'test' -> (cases, genes) z-scored, one profile a case
+    "Profiles of the training and of the test cases; no noise is in both."
+    seeds = dict(train=int(rng(run, 'profiles to learn from').integers(2**31)), test=run)
+    return {k: model.sample(cohort.split(k), 1, seed)[0].numpy() for k, seed in seeds.items()}
+
 def realism(model, cohort: Cohort,   # a fitted row, the whole cohort
             run: int,                # the generation run
             as_coded: bool = True,   # with the authors' probes
@@ -331,7 +338,7 @@ def realism(model, cohort: Cohort,   # a fitted row, the whole cohort
     "The paper's panel for one generation run."
     if isinstance(model, Folded): return realism_of_folds(model, cohort, run)
     sides = {k: cohort.split(k) for k in ('train', 'test')}
-    real, fake = ({k: f(c) for k, c in sides.items()} for f in (lambda c: model.scaler.transform(c.X), lambda c: model.sample(c, 1, run)[0].numpy()))
+    real, fake = {k: model.scaler.transform(c.X) for k, c in sides.items()}, generated(model, cohort, run)
     labelled = 'labels' in cohort.modalities and (model.spec.uses or model.spec.preset == 'ceiling')
     kinds = {what: {k: c.obs[what].to_numpy(str) for k, c in sides.items()} for what in ('disease_type', 'primary_site')} if labelled else None
     ceiling = model.spec.name == 'real'

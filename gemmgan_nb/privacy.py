@@ -236,7 +236,7 @@ def privacy_rows(model,             # a fitted row: `sample`, `scaler`, `about`
     if strange := set(train.obs.group.astype(str)) - set(model.about['groups']): raise ValueError(f'{sorted(strange)[0]} is a training patient of the cohort that the model does not know. Audit it on the cohort it was trained on.')
     rest = [s for s in ('val', 'cal') if len(cohort.split(s))]; reference = one_each(cohort.split(*rest), seed) if rest else None
     scaled = lambda c: torch.from_numpy(model.scaler.transform(c.X))
-    fake = torch.cat([model.sample(c, draws, seed).flatten(0, 1) for c in (train, test)])
+    fake = torch.cat([model.sample(c, draws, s).flatten(0, 1) for c, s in ((train, int(rng(seed, 'members').integers(2**31))), (test, seed))])     # no noise in both
     words = None if cohort.tokens is None else {k: c.tokens.mean() for k, c in (('train', train), ('holdout', test))}
     words = words and words | dict(fake=torch.cat([words[k].repeat(draws, 1) for k in ('train', 'holdout')]))
     if reference is not None and len(reference) < len(test)//4: reference = None

@@ -13,6 +13,7 @@ import torch
 from gemmgan_nb import baselines as B
 from gemmgan_nb.ablations import TABLE2, VARIANTS
 from gemmgan_nb.data import Cohort, LeakError, pack, write_cohort
+from gemmgan_nb.experiment import realism
 from gemmgan_nb.training import AS_CODED, WGAN, Budget, ModelSpec, label_codes, load_network, ready, train_network
 from gemmgan_nb.workspace import read_json, rng
 
@@ -91,6 +92,15 @@ def test_real_profiles_are_of_different_patients():
     train, val, test = sides(toy())
     m = make(*ROWS['real']); m.fit(train, val, 0)
     for one in m.sample(test, 3, 0): assert len(one.unique(dim=0)) == len(test)
+
+
+def test_a_generator_that_is_right_cannot_be_told_from_real():
+    "Patients who are noise, and noise drawn for them: were it the same noise for training and test cases, a detector would know it again."
+    like = toy(400, 200)
+    cohort, r = Cohort.of(np.float32(rng(0, 'patients').normal(size=(400, 200))), like.obs, like.var), make(*ROWS['noise'])
+    r.fit(cohort.split('train'), cohort.split('val'), 0)
+    found = realism(r, cohort, 0)
+    for probe in ('lr', 'mlp'): assert found[f'{probe}_auc_low'] < .5 < found[f'{probe}_auc_high'] and .4 < found[f'{probe}_auc'] < .6, found
 
 
 def test_the_constant_gene_stays_constant():
