@@ -103,7 +103,7 @@ class Budget:
     slope: float = .2         # of all activations below zero (as coded: 0, ReLU)
     he: bool = True           # generator begins at unit variance; False: PyTorch's first weights (as coded)
     own: float = 0.           # size at which each gene's own noise begins, to be learned; 0: none (gemmgan_plus)
-    mismatched: float = 0.    # share of the critic's fakes that are real profiles under another case's condition (gemmgan_plus)
+    mismatched: float = 0.    # share of the critic's fakes that are real profiles under another case's condition (plus_mismatched)
     ema: float = .995         # share that the averaged generator keeps at each step; 0: no average (as coded)
     score_every: int = 100    # generator steps between two looks at the validation cases
     score_samples: int = 16   # profiles a validation case
