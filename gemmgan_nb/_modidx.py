@@ -1515,6 +1515,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'gemmgan_nb.workspace.provenance': ('workspace.html#provenance', 'gemmgan_nb/workspace.py'),
                                       'gemmgan_nb.workspace.read_json': ('workspace.html#read_json', 'gemmgan_nb/workspace.py'),
                                       'gemmgan_nb.workspace.rng': ('workspace.html#rng', 'gemmgan_nb/workspace.py'),
+                                      'gemmgan_nb.workspace.seed_for': ('workspace.html#seed_for', 'gemmgan_nb/workspace.py'),
                                       'gemmgan_nb.workspace.sha256': ('workspace.html#sha256', 'gemmgan_nb/workspace.py'),
                                       'gemmgan_nb.workspace.torch_rng': ('workspace.html#torch_rng', 'gemmgan_nb/workspace.py'),
                                       'gemmgan_nb.workspace.write_json': ('workspace.html#write_json', 'gemmgan_nb/workspace.py')}}}

@@ -36,7 +36,7 @@ from .gene_dml import section_scores, top_genes
 from .metrics import Resamples, TooFew, augmentation_curve, biology_panel, correlation_mse, detection_panel, panel, precision_recall, read_sets
 from .privacy import one_each, privacy_rows
 from .training import Budget, History, ModelSpec, Network, known, refuse_seen
-from .workspace import atomic, progress, read_json, rng, sha256, torch_rng, write_json
+from .workspace import atomic, progress, read_json, rng, seed_for, sha256, torch_rng, write_json
 
 # %% ../nbs/22_experiment.ipynb #c005
 def entry(kind: str,             # 'module.Class' in this library
@@ -326,7 +326,7 @@ def generated(model, cohort: Cohort,  # a fitted row, the whole cohort
               run: int                # the generation run
              ) -> dict:               # 'train', 'test' -> (cases, genes) z-scored, one profile a case
     "Profiles of the training and of the test cases; no noise is in both."
-    seeds = dict(train=int(rng(run, 'profiles to learn from').integers(2**31)), test=run)
+    seeds = dict(train=seed_for(run, 'profiles to learn from'), test=run)
     return {k: model.sample(cohort.split(k), 1, seed)[0].numpy() for k, seed in seeds.items()}
 
 def realism(model, cohort: Cohort,   # a fitted row, the whole cohort

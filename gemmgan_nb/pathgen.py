@@ -41,7 +41,7 @@ from .data import Cohort, Fitted, Scaler, fit_on_training, only_training, only_v
 from .metrics import read_sets
 from .training import Batch, Budget, Network, descend, feature_scale, known, optimiser, ready, train_network
 from .simulation import drivers
-from .workspace import Problems, figure, progress, rng, torch_rng
+from .workspace import Problems, figure, progress, rng, seed_for, torch_rng
 
 # %% ../nbs/20_pathgen.ipynb #c005
 def read_groups(path: str | Path  # a .csv (one column a group, its name on top) or a .gmt (name, note, symbols; tab-separated)
@@ -97,7 +97,7 @@ def correlation_groups(train: Cohort,  # training cases only
     def fit(X):
         Z = (X - X.mean(0)).T.astype(np.float64); Z /= np.linalg.norm(Z, axis=1, keepdims=True).clip(1e-9)
         n = min(k, len(np.unique(Z.round(9), axis=0)))
-        return KMeans(n, n_init=1, random_state=int(rng(seed, 'groups').integers(2**31))).fit_predict(Z)
+        return KMeans(n, n_init=1, random_state=seed_for(seed, 'groups')).fit_predict(Z)
     return fit_on_training(train, 'The grouping of genes', fit)
 
 # %% ../nbs/20_pathgen.ipynb #c012

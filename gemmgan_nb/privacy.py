@@ -16,7 +16,7 @@ from torch import Tensor
 from .data import only_side
 from .metrics import TooFew, detection_scores
 from .training import refuse_seen
-from .workspace import rng
+from .workspace import rng, seed_for
 
 # %% ../nbs/17_privacy.ipynb #c009
 def squared_distances(x: Tensor,         # (n, genes)
@@ -236,7 +236,7 @@ def privacy_rows(model,             # a fitted row: `sample`, `scaler`, `about`
     if strange := set(train.obs.group.astype(str)) - set(model.about['groups']): raise ValueError(f'{sorted(strange)[0]} is a training patient of the cohort that the model does not know. Audit it on the cohort it was trained on.')
     rest = [s for s in ('val', 'cal') if len(cohort.split(s))]; reference = one_each(cohort.split(*rest), seed) if rest else None
     scaled = lambda c: torch.from_numpy(model.scaler.transform(c.X))
-    fake = torch.cat([model.sample(c, draws, s).flatten(0, 1) for c, s in ((train, int(rng(seed, 'members').integers(2**31))), (test, seed))])     # no noise in both
+    fake = torch.cat([model.sample(c, draws, s).flatten(0, 1) for c, s in ((train, seed_for(seed, 'members')), (test, seed))])     # no noise in both
     words = None if cohort.tokens is None else {k: c.tokens.mean() for k, c in (('train', train), ('holdout', test))}
     words = words and words | dict(fake=torch.cat([words[k].repeat(draws, 1) for k in ('train', 'holdout')]))
     if reference is not None and len(reference) < len(test)//4: reference = None
